@@ -1,0 +1,204 @@
+"""One backward pass per task: what the passes leave in ``.grad``, task by task.
+
+``.backward()`` is used, not :func:`torch.autograd.grad`: the latter silently returns
+nothing under FSDP2 and reentrant checkpointing and for parameters that nobody listed,
+and skips hooks. With ``.grad`` None before a pass, autograd hands its own tensor over,
+so collecting the gradients copies nothing.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from ghopt.geometry import Weighting
+from ghopt.gradients import gramian
+
+Losses: TypeAlias = Mapping[str, Tensor] | Iterable[Tensor] | Tensor
+"""One scalar per task: a mapping from names, an iterable, or a 1-D tensor."""
+
+BackwardFn: TypeAlias = Callable[..., object]
+"""What runs one pass: called as ``backward_fn(loss, retain_graph=...)``."""
+
+Collected: TypeAlias = dict[Tensor, Tensor]
+"""Gradients of one task by parameter; parameters that it does not reach are absent."""
+
+
+def named_losses(losses: Losses) -> dict[str, Tensor]:
+    """Check the losses of one step and name those that came without a name 0, 1, ...
+
+    Raises:
+        TypeError: if ``losses`` is nothing to iterate over, or a loss is no tensor.
+        ValueError: if there is no loss, a loss is not a real scalar, or no loss
+            requires grad.
+    """
+    if isinstance(losses, Tensor):
+        if losses.dim() != 1:
+            shape = list(losses.shape)
+            raise ValueError(f"losses as one tensor must be 1-D, got shape {shape}")
+        losses = losses.unbind()
+    if isinstance(losses, Mapping):
+        named = {str(name): loss for name, loss in losses.items()}
+        if len(named) != len(losses):
+            raise ValueError(f"losses must have distinct names, got {[*losses]}")
+    elif isinstance(losses, Iterable):
+        named = {str(task): loss for task, loss in enumerate(losses)}
+    else:
+        raise TypeError(f"losses must be a mapping or iterable, got {type(losses)}")
+    if not named:
+        raise ValueError("losses must hold at least one loss, got none")
+    for name, loss in named.items():
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"losses[{name!r}] must be a tensor, got {type(loss)}")
+        if loss.numel() != 1 or not loss.is_floating_point():
+            given = f"shape {list(loss.shape)} and dtype {loss.dtype}"
+            raise ValueError(f"losses[{name!r}] must be a real scalar, got {given}")
+    if not any(loss.requires_grad for loss in named.values()):
+        raise ValueError(f"losses must require grad, got none that does in {[*named]}")
+    return named
+
+
+def weigh(weighting: Weighting, gramian: Tensor) -> Tensor:
+    """Apply a weighting and check what it returns.
+
+    Returns:
+        Weights, shape ``[K]``, float64 and detached, on the device of the Gramian.
+
+    Raises:
+        TypeError: if ``weighting`` returns no tensor.
+        ValueError: if it returns another shape than ``[K]``, complex numbers or
+            integers, or weights that require grad.
+    """
+    with torch.no_grad():
+        weights = weighting(gramian)
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"weighting must return a tensor, got {type(weights)}")
+    if weights.shape != gramian.shape[:1] or not weights.is_floating_point():
+        expected = f"floating point of shape {list(gramian.shape[:1])}"
+        given = f"{weights.dtype} of shape {list(weights.shape)}"
+        raise ValueError(f"weighting must return {expected}, got {given}")
+    if weights.requires_grad:
+        raise ValueError(
+            "weighting must return weights without grad, got requires_grad"
+        )
+    return weights.to(gramian)
+
+
+@contextmanager
+def set_aside(parameters: Sequence[Tensor]) -> Iterator[list[Tensor | None]]:
+    """Take ``.grad`` off the parameters; on an exception put it back as it was.
+
+    Yields:
+        What was in ``.grad``. Without an exception it is the caller's to put back.
+    """
+    before = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    try:
+        yield before
+    except BaseException:
+        for parameter, grad in zip(parameters, before, strict=True):
+            parameter.grad = grad
+        raise
+
+
+def collect(
+    losses: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    collected: Sequence[Collected],
+    *,
+    retain_graph: bool,
+    backward_fn: BackwardFn | None,
+) -> None:
+    """Run one backward pass per loss and add the gradients to those of its task.
+
+    The graph is freed by the last pass unless ``retain_graph``. A loss that does not
+    require grad has no pass. Parameters other than these receive the plain sum, from
+    autograd itself.
+
+    Args:
+        losses: K scalars.
+        parameters: those whose gradients are kept apart; their ``.grad`` is None.
+        collected: K dictionaries, empty or from earlier micro-batches; added to in
+            place. After an exception they are in an undefined state.
+        retain_graph: keep the graph after the last pass.
+        backward_fn: runs a pass, ``loss.backward`` if None.
+    """
+    last = max(task for task, loss in enumerate(losses) if loss.requires_grad)
+    addresses: set[int] = set()
+    for task, (loss, gradients) in enumerate(zip(losses, collected, strict=True)):
+        if not loss.requires_grad:
+            continue
+        # Where there are earlier gradients autograd adds to them in place.
+        for parameter in parameters:
+            parameter.grad = gradients.pop(parameter, None)
+        keep = retain_graph or task != last
+        if backward_fn is None:
+            loss.backward(retain_graph=keep)  # type: ignore[no-untyped-call]  # torch's
+        else:
+            backward_fn(loss, retain_graph=keep)
+        for parameter in parameters:
+            if parameter.grad is not None:
+                gradients[parameter] = _own(parameter.grad, addresses)
+                parameter.grad = None
+
+
+def _own(gradient: Tensor, addresses: set[int]) -> Tensor:
+    """Copy a gradient that shares memory, with a DDP bucket, say, or another task's."""
+    if gradient.layout is not torch.strided:
+        return gradient
+    if gradient._is_view() or gradient.data_ptr() in addresses:
+        gradient = gradient.clone()
+    addresses.add(gradient.data_ptr())
+    addresses.discard(0)  # the address of empty tensors, and of all on the meta device
+    return gradient
+
+
+def harmonized_loss(
+    losses: Losses, params: Iterable[Tensor], weighting: Weighting
+) -> Tensor:
+    """Sum the losses with the weights of a rule: the equivalent model (eq. 44 and 45).
+
+    For loops whose optimizer cannot be changed: call ``.backward()`` on the result. The
+    weights are measured on ``params`` and constant, so the gradient of ``params`` is the
+    harmonized one. Costs one backward pass per task for measuring and one more for the
+    result; :class:`ghopt.HarmonizedOptimizer` saves the latter.
+
+    The authors measure on the shared network and weigh the losses with the result for
+    *all* parameters, as this function does when ``params`` are the shared ones. Mind
+    that a task with a tiny gradient there can get a weight in the thousands, which its
+    head then feels undiminished: training has diverged from it.
+
+    Gradients are taken with :func:`torch.autograd.grad`, so ``.grad`` and hooks that
+    accumulate are left alone; reentrant checkpointing and FSDP2 do not work.
+
+    Args:
+        losses: one scalar per task, as for ``HarmonizedOptimizer.backward``.
+        params: parameters over which the Gramian is taken.
+        weighting: from a Gramian, shape ``[K, K]``, to weights, shape ``[K]``.
+
+    Returns:
+        Scalar with the graph of all losses.
+
+    Raises:
+        TypeError: as :func:`named_losses` and :func:`weigh` do.
+        ValueError: likewise, or if no loss reaches any of ``params``.
+    """
+    tasks = list(named_losses(losses).values())
+    wanted = [param for param in params if param.requires_grad]
+    gradients = [_gradients(loss, wanted) for loss in tasks]
+    if all(gradient is None for task in gradients for gradient in task):
+        raise ValueError(f"params must hold one that a loss reaches, got {len(wanted)}")
+    weights = weigh(weighting, gramian(gradients)).unbind()
+    terms = [
+        w.to(loss) * loss.reshape(()) for w, loss in zip(weights, tasks, strict=True)
+    ]
+    return torch.stack(terms).sum()
+
+
+def _gradients(loss: Tensor, params: list[Tensor]) -> Sequence[Tensor | None]:
+    if not loss.requires_grad or not params:
+        return [None] * len(params)
+    return torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)

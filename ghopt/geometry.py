@@ -1,0 +1,420 @@
+"""The geometry of gradient harmonization, as pure functions of the Gramian.
+
+Row ``i`` of the Jacobian ``J``, shape ``[K, N]``, is the flattened gradient of task
+``i``. Nothing here needs ``J`` itself, only three small tensors:
+
+* ``gramian``, shape ``[K, K]``: ``J @ J.T``, the inner products of the gradients.
+* ``coefficients``, shape ``[K, K]``: row ``i`` of ``coefficients @ J`` is the harmonized
+  gradient of task ``i``; the harmonized gradients have the Gramian
+  ``coefficients @ gramian @ coefficients.T``.
+* ``weights``, shape ``[K]``: ``weights @ J`` is the sum of the harmonized gradients, so
+  ``weights = coefficients.sum(0)`` (eq. 41, where they are called tau).
+
+What every rule here promises, for any ``K >= 1``:
+
+* Where no two gradients conflict (no negative entry) the coefficients are exactly the
+  identity; a zero gradient conflicts with nothing.
+* A common scale of the gradients, 1e-25 to 1e18, changes nothing.
+* A non-finite entry makes every weight NaN: it is never hidden.
+* The arithmetic is float64, the result has the dtype and device of the Gramian.
+* No value of the Gramian decides which operations run, so all rules run on the ``meta``
+  device and no operation here asks for a value on the host. One operation does so by
+  itself on CUDA: :func:`torch.linalg.eigh`, in GH++ with more than two tasks.
+* ``ValueError`` for a Gramian that is not square, is empty or not floating point.
+
+Equation numbers refer to Huang, Song and Zhang, "Gradient Harmonization in
+Unsupervised Domain Adaptation", TPAMI 2024, https://arxiv.org/abs/2408.00288.
+"""
+
+import math
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+Weighting: TypeAlias = Callable[[Tensor], Tensor]
+"""Any map from a Gramian, shape ``[K, K]``, to weights, shape ``[K]``."""
+
+_MOST_ENUMERATED = 8  # 2**8 systems of 8 x 8 take under a millisecond
+
+
+def gh(gramian: Tensor) -> Tensor:
+    """Weights of GH (eq. 42), shape ``[K]``: see :func:`gh_coefficients`.
+
+    >>> gh(torch.tensor([[1.0, -1.0], [-1.0, 4.0]]))
+    tensor([2.0000, 1.2500])
+    """
+    return _gh(gramian).sum(0).to(gramian.dtype)
+
+
+def gh_coefficients(gramian: Tensor) -> Tensor:
+    """Project every gradient on the dual cone of all gradients (lemma 1, eq. 29).
+
+    The harmonized gradient of task ``i`` is the vector nearest to its gradient that
+    conflicts with none of the original gradients. Hence the sum of the harmonized
+    gradients conflicts with no task either, for any ``K``, and the order of the tasks
+    does not matter. The paper has ``K = 2``, where this is eq. 29: each harmonized
+    gradient is orthogonal to the *other original* one. Equal, at ``K = 2`` only, to
+    PCGrad with the sum.
+
+    Accuracy: at ``K = 2`` to rounding, relative to the harmonized gradients 1e-12 and
+    better at angles 1e-3 rad or more from opposite. For ``K > 2`` the error relative to
+    the gradients is about ``eps / s``, with ``s`` the smallest eigenvalue other than
+    zero of the matrix of cosines. Up to 8 tasks all active sets are tried; beyond, 3 K
+    steps of an active set method are taken (as many as SciPy's NNLS allows), which for
+    up to 32 tasks left no error above 1e-9 where ``s >= 1e-6``.
+
+    Args:
+        gramian: inner products of the gradients, shape ``[K, K]``.
+
+    Returns:
+        Coefficients, shape ``[K, K]``. The diagonal is 1 and nothing is negative.
+
+    Raises:
+        ValueError: if ``gramian`` is not square, is empty or not floating point.
+    """
+    return _gh(gramian).to(gramian.dtype)
+
+
+def ghpp(gramian: Tensor, lam: float = 0.5) -> Tensor:
+    """Weights of GH++, shape ``[K]``: see :func:`ghpp_coefficients`.
+
+    >>> ghpp(torch.tensor([[1.0, -1.0], [-1.0, 2.0]]))
+    tensor([2.0719, 1.6892])
+    """
+    return _ghpp(gramian, lam).sum(0).to(gramian.dtype)
+
+
+def ghpp_coefficients(gramian: Tensor, lam: float = 0.5) -> Tensor:
+    """Rotate conflicting gradients, norms kept, until orthogonal (section 3.5, fig. 7b).
+
+    With two tasks at an angle ``theta > pi/2``, task 0 turns toward task 1 by
+    ``lam * (theta - pi/2)`` and task 1 toward task 0 by the rest: in total half of the
+    deviation of GH. This is the rotation that section 3.5 describes and draws; its
+    eq. 39 only rescales the gradients, see :func:`ghpp_printed_coefficients`.
+
+    With more tasks (this project's generalisation, ``lam = 0.5`` only) the unit
+    gradients move as little as possible, in the sum of squares, to the frame in which
+    the negative cosines are zero and the others as they were; where no such frame
+    exists all cosines first shrink by the smallest common factor.
+
+    Not promised: that the *sum* of the harmonized gradients conflicts with no task.
+    With two tasks it spares task 0 iff ``tan(b0) <= n0 / n1`` and task 1 iff
+    ``tan(b1) <= n1 / n0``, where ``n`` are the norms and ``b`` the angles turned by.
+    :func:`ghpp_balanced` and :func:`gh` do promise it.
+
+    Opposite gradients span no plane to turn in. Where the sine of the angle is at most
+    1e-6 (7e-4 for a float32 Gramian) the part off their common line is dropped,
+    ``diag(cos b0, cos b1)``; linearly dependent gradients among more than two lose the
+    same part. A rule that took that part from rounding noise would return noise as
+    large as the gradients.
+
+    Accuracy: relative to the harmonized gradients 1e-12 and better at angles 1e-3 rad or
+    more from opposite for the Gramian *as given*. One rounding of its entries already
+    moves the result by up to ``eps / sin(theta)**2``.
+
+    Args:
+        gramian: inner products of the gradients, shape ``[K, K]``.
+        lam: share of the turn that task 0 takes, in ``[0, 1]`` (lambda of eq. 36).
+
+    Returns:
+        Coefficients, shape ``[K, K]``.
+
+    Raises:
+        ValueError: if ``lam`` is outside ``[0, 1]``, or is not 0.5 with more than two
+            tasks, or ``gramian`` is not square, is empty or not floating point.
+    """
+    return _ghpp(gramian, lam).to(gramian.dtype)
+
+
+def ghpp_balanced(gramian: Tensor) -> Tensor:
+    """Weights of GH++ with a balanced turn: see :func:`ghpp_balanced_coefficients`."""
+    return _ghpp_balanced(gramian).sum(0).to(gramian.dtype)
+
+
+def ghpp_balanced_coefficients(gramian: Tensor) -> Tensor:
+    """GH++ with ``lam = 2/pi * atan2(n0, n1)``: the longer gradient turns more.
+
+    This project's choice of ``lam``, not the paper's: with it the sum of the harmonized
+    gradients conflicts with neither task.
+
+    Args:
+        gramian: inner products of at most two gradients, shape ``[K, K]``.
+
+    Returns:
+        Coefficients, shape ``[K, K]``; as :func:`ghpp_coefficients` in all else.
+
+    Raises:
+        ValueError: if ``gramian`` has more than two tasks, is not square, is empty or
+            not floating point.
+    """
+    return _ghpp_balanced(gramian).to(gramian.dtype)
+
+
+def ghpp_printed(gramian: Tensor, lam: float = 0.5) -> Tensor:
+    """Weights of GH++ as printed: see :func:`ghpp_printed_coefficients`."""
+    return _ghpp_printed(gramian, lam).sum(0).to(gramian.dtype)
+
+
+def ghpp_printed_coefficients(gramian: Tensor, lam: float = 0.5) -> Tensor:
+    """Rescale two conflicting gradients as eq. 39, 40 and 43 print GH++.
+
+    Here to reproduce published numbers: the authors' code does this too. It lengthens
+    gradient 0 and shortens gradient 1 but turns neither, so contrary to the text and
+    the figure of the paper the angle, and the conflict, stay.
+
+    Args:
+        gramian: inner products of at most two gradients, shape ``[K, K]``.
+        lam: share of task 0, in ``[0, 1]`` (lambda of eq. 36).
+
+    Returns:
+        Diagonal coefficients, shape ``[K, K]``.
+
+    Raises:
+        ValueError: if ``lam`` is outside ``[0, 1]``, or ``gramian`` has more than two
+            tasks, is not square, is empty or not floating point.
+    """
+    return _ghpp_printed(gramian, lam).to(gramian.dtype)
+
+
+def _gh(gramian: Tensor) -> Tensor:
+    """Coefficients of GH in float64."""
+    matrix, scale = _rescaled(gramian)
+    enumerable = len(matrix) <= _MOST_ENUMERATED
+    multipliers = _enumerate(matrix) if enumerable else _pivot(matrix)
+    return _identity(matrix) + multipliers * (scale / scale[:, None]) + _poison(gramian)
+
+
+def _ghpp(gramian: Tensor, lam: float) -> Tensor:
+    """Coefficients of GH++ in float64."""
+    _check_lam(lam)
+    matrix, scale = _rescaled(gramian)
+    if len(matrix) > 2 and lam != 0.5:
+        raise ValueError(
+            f"lam must be 0.5 for more than 2 tasks, got {lam} for {len(matrix)} tasks"
+        )
+    if len(matrix) == 2:
+        rotation = _rotation(matrix, scale, lam, _resolution(gramian.dtype))
+    else:
+        rotation = _frame(matrix, scale, _resolution(gramian.dtype))
+    return rotation + _poison(gramian)
+
+
+def _ghpp_balanced(gramian: Tensor) -> Tensor:
+    """Coefficients of balanced GH++ in float64."""
+    matrix, scale = _rescaled(gramian)
+    _check_at_most_two(gramian)
+    if len(matrix) == 1:
+        return _identity(matrix) + _poison(gramian)
+    norms = matrix.diagonal().sqrt() / scale
+    lam = torch.atan2(norms[0], norms[1]) * (2 / math.pi)
+    return _rotation(matrix, scale, lam, _resolution(gramian.dtype)) + _poison(gramian)
+
+
+def _ghpp_printed(gramian: Tensor, lam: float) -> Tensor:
+    """Coefficients of GH++ as printed in float64."""
+    _check_lam(lam)
+    matrix, _ = _rescaled(gramian)
+    _check_at_most_two(gramian)
+    if len(matrix) == 1:
+        return _identity(matrix) + _poison(gramian)
+    excess = torch.atan2(matrix[0, 1].neg().clamp(min=0), _determinant(matrix).sqrt())
+    tau = [1 + 2 * (lam * excess / 2).sin(), 1 - 2 * ((1 - lam) * excess / 2).sin()]
+    return torch.stack(tau).diag() + _poison(gramian)
+
+
+def _rescaled(gramian: Tensor) -> tuple[Tensor, Tensor]:
+    """Give a float64 Gramian with diagonal in [1/2, 2), and the scale of each task.
+
+    The scales are powers of two, so no entry is rounded, and no product of entries
+    overflows. A zero gradient becomes one orthogonal to all others, which no rule
+    touches. A Gramian with a non-finite entry becomes the identity: eigh would refuse
+    it. The caller adds :func:`_poison`.
+    """
+    if gramian.dim() != 2 or gramian.shape[0] != gramian.shape[1] or not len(gramian):
+        shape = list(gramian.shape)
+        raise ValueError(f"gramian must have shape [K, K] with K >= 1, got {shape}")
+    if not gramian.is_floating_point():
+        raise ValueError(f"gramian must be floating point, got {gramian.dtype}")
+    gramian = gramian.double()
+    exponent = torch.frexp(gramian.diagonal()).exponent
+    half = torch.div(exponent, 2, rounding_mode="floor")
+    scale = torch.exp2(-half.double())
+    # Two factors one after the other: their product alone could overflow.
+    matrix = gramian * scale[:, None] * scale
+    some = matrix.diagonal() > 0
+    usable = some & some[:, None] & gramian.isfinite().all()
+    return matrix.where(usable, _identity(matrix)), scale.where(some, 1)
+
+
+def _enumerate(matrix: Tensor) -> Tensor:
+    """Multipliers ``[K, K]`` of the projections on the dual cone, from all active sets.
+
+    Row ``i`` minimises ``|g_i + row @ J|`` over rows that are nowhere negative. Each of
+    the 2**K sets of tasks gives one candidate, which solves the problem iff it is not
+    negative and conflicts with no task. The least violation wins, so that rounding
+    cannot leave a task without a winner. Of an ill-conditioned set the inner products
+    inside it, zero in exact arithmetic, count too; of a dependent set anything may come
+    out, NaN included, but some independent set always solves the problem.
+    """
+    tasks = torch.arange(len(matrix), device=matrix.device)
+    subsets = torch.arange(2 ** len(matrix), device=matrix.device)
+    active = (subsets[:, None] >> tasks & 1).bool()  # [2**K, K], the empty set first
+    rows = _solve(matrix, active, -matrix).mT  # [2**K, K, K]
+    products = (rows + _identity(matrix)) @ matrix
+    conflicts = products.abs().where(active[:, None], -products)
+    violation = torch.maximum(conflicts, -rows).amax(2).clamp(min=0)
+    # The first of equals wins, so the empty set where nothing conflicts.
+    best = violation.nan_to_num(torch.inf, torch.inf).argmin(0)
+    return rows[best, tasks].clamp(min=0)
+
+
+def _pivot(matrix: Tensor) -> Tensor:
+    """Give what :func:`_enumerate` gives, by Lawson and Hanson's method, rows at once.
+
+    Each step solves for the multipliers of every row's active set. Where some are not
+    positive, the row goes toward the solution until the first reaches zero and releases
+    that task; elsewhere it takes the solution and adds the task that it conflicts with
+    most. Such a task is linearly independent of the set, so no system is singular.
+    Coordinate descent (Hildreth) took as long for errors of 1e-4 to 0.5 on gradients
+    near dependent, where this one is exact. "Solving Least Squares Problems", 1974,
+    chapter 23.
+    """
+    info = torch.finfo(matrix.dtype)
+    rows = torch.zeros_like(matrix)
+    active = torch.zeros_like(matrix, dtype=torch.bool)
+    for _ in range(3 * len(matrix)):
+        target = _solve(matrix, active, -matrix[:, :, None])[:, :, 0]
+        blocked = active & (target <= 0)
+        free = ~blocked.any(1, keepdim=True)
+        reach = rows / (rows - target).clamp(min=info.tiny)
+        reach = reach.where(blocked, torch.inf)
+        step = reach.amin(1, keepdim=True)
+        rows = target.where(free, rows + step * (target - rows))
+        conflicts = -(rows + _identity(matrix)) @ matrix
+        conflict, task = conflicts.masked_fill(active, -torch.inf).max(1, keepdim=True)
+        entering = conflict > 4 * len(matrix) * info.eps
+        entered = active.scatter(1, task, entering | active.gather(1, task))
+        active = entered.where(free, active & (reach > step))
+        rows = rows.where(active, 0)
+    return rows
+
+
+def _solve(matrix: Tensor, active: Tensor, right: Tensor) -> Tensor:
+    """Solve ``[B, K, R]`` for the active tasks of each row of ``[B, K]``, 0 elsewhere."""
+    inside = active[:, :, None] & active[:, None]
+    system = matrix.where(inside, _identity(matrix))
+    # solve_ex, unlike solve, does not wait for the device to report singular systems.
+    right = right.where(active[:, :, None], 0)
+    solution: Tensor = torch.linalg.solve_ex(system, right).result
+    return solution
+
+
+def _rotation(
+    matrix: Tensor, scale: Tensor, lam: float | Tensor, resolution: float
+) -> Tensor:
+    """Coefficients ``[2, 2]`` of GH++ for two tasks."""
+    norms = matrix.diagonal().sqrt()
+    across = _determinant(matrix).sqrt()  # n0 n1 sin(theta); along is -n0 n1 cos(theta)
+    along = matrix[0, 1].neg().clamp(min=0)
+    opposite = (along > 0) & (across <= resolution * norms.prod())
+    # atan2, since acos loses half of the digits near opposite and right angles.
+    excess = torch.atan2(along, across.where(~opposite, 0))  # theta - pi/2 (eq. 36)
+    first, second = lam * excess, (1 - lam) * excess
+    sine = (across / norms.prod()).where((along > 0) & ~opposite, 1)
+    ratio = norms[0] / norms[1] * (scale[1] / scale[0])
+    upper = [second.cos(), ratio * first.sin()]
+    lower = [second.sin() / ratio, first.cos()]
+    rotation = torch.stack(upper + lower).view(2, 2) / sine
+    in_line = torch.stack([first.cos(), second.cos()]).diag()
+    return in_line.where(opposite, rotation)
+
+
+def _determinant(matrix: Tensor) -> Tensor:
+    """Determinant of a ``[2, 2]`` Gramian to rounding, 0 where rounding made it less.
+
+    Near opposite gradients its two products agree in all but the last digits; their
+    rounding errors, which decide then, are taken along (Dekker 1971).
+    """
+    product, error = _exact_product(matrix[0, 0], matrix[1, 1])
+    square, square_error = _exact_product(matrix[0, 1], matrix[0, 1])
+    return ((product - square) + (error - square_error)).clamp(min=0)
+
+
+def _exact_product(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Float64 product and its rounding error: their exact sum is ``a * b``."""
+    product = a * b
+    a_high, a_low = _halves(a)
+    b_high, b_low = _halves(b)
+    error = (
+        (a_high * b_high - product) + a_high * b_low + a_low * b_high
+    ) + a_low * b_low
+    return product, error
+
+
+def _halves(a: Tensor) -> tuple[Tensor, Tensor]:
+    """Split the 53 bits of a float64 so that products of halves are exact (Veltkamp)."""
+    large = a * (2.0**27 + 1)
+    high = large - (large - a)
+    return high, a - high
+
+
+def _frame(matrix: Tensor, scale: Tensor, resolution: float) -> Tensor:
+    """Coefficients ``[K, K]`` of GH++ for any K: the nearest frame without conflict.
+
+    With C the cosines and P the allowed ones, ``T = C^-1/2 (C^1/2 P C^1/2)^1/2 C^-1/2``
+    is the optimal transport between N(0, C) and N(0, P) (Olkin and Pukelsheim 1982):
+    ``T C T = P``, and ``T`` moves the unit gradients least. At K = 2 it is the rotation
+    with ``lam = 0.5``.
+    """
+    norms = matrix.diagonal().sqrt()
+    identity = _identity(matrix)
+    cosines = (matrix / norms / norms[:, None]).where(identity == 0, 1)
+    allowed = cosines.clamp(min=0)
+    lowest = torch.linalg.eigvalsh(allowed)[0].clamp(max=0)
+    shrink = lowest / (lowest - 1)  # makes the lowest eigenvalue zero, if negative
+    allowed = allowed + shrink * (identity - allowed)
+    values, vectors = torch.linalg.eigh(cosines)
+    # sin(theta)**2 / 2 is the lowest eigenvalue of two nearly opposite unit gradients.
+    spanned = values > resolution**2 * len(matrix) / 4
+    roots = values.clamp(min=0).sqrt().where(spanned, 0)
+    inverse_roots = values.where(spanned, 1).rsqrt().where(spanned, 0)
+    root = (vectors * roots) @ vectors.mT
+    inverse_root = (vectors * inverse_roots) @ vectors.mT
+    inner_values, inner_vectors = torch.linalg.eigh(root @ allowed @ root)
+    inner_root = (inner_vectors * inner_values.clamp(min=0).sqrt()) @ inner_vectors.mT
+    frame = inverse_root @ inner_root @ inverse_root
+    frame = frame * (norms[:, None] / norms) * (scale / scale[:, None])
+    return frame.where((cosines < 0).any(), identity)
+
+
+def _resolution(dtype: torch.dtype) -> float:
+    """Sine below which two gradients count as opposite: see :func:`ghpp_coefficients`.
+
+    An entry rounded to ``dtype`` leaves the sine uncertain by sqrt(eps). A float64
+    Gramian would allow 3e-8, but gradients are float32 at best as a rule, and their own
+    rounding tilts opposite ones by about 1e-7.
+    """
+    return max(1e-6, 2 * math.sqrt(torch.finfo(dtype).eps))
+
+
+def _identity(matrix: Tensor) -> Tensor:
+    return torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+
+
+def _poison(gramian: Tensor) -> Tensor:
+    """Zero, or NaN if any entry is not finite."""
+    return torch.sub(gramian, gramian).double().sum()
+
+
+def _check_lam(lam: float) -> None:
+    if not 0 <= lam <= 1:  # also true of NaN
+        raise ValueError(f"lam must be in [0, 1], got {lam}")
+
+
+def _check_at_most_two(gramian: Tensor) -> None:
+    if len(gramian) > 2:
+        raise ValueError(
+            f"gramian must be of at most 2 tasks for this rule, got {len(gramian)}"
+        )

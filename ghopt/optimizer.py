@@ -1,0 +1,396 @@
+"""Any torch optimizer, stepping on harmonized gradients: ``HarmonizedOptimizer``.
+
+The class is the contract of :class:`torch.optim.Optimizer` around the floors below. What
+that contract asks of a wrapper, and where it would break without an error, gives it its
+form:
+
+* ``param_groups``, ``state`` and ``defaults`` are properties on the base optimizer.
+  Aliases would go stale at the first ``load_state_dict``, which replaces them.
+* ``Optimizer.__init__`` is not called: it would make groups and state of its own.
+* All that changes lives in one object that is changed in place. Lightning and Fabric run
+  these methods on a proxy with our attributes, where an attribute set anew would stay.
+* No list of parameters outlives a call: Accelerate swaps parameters inside the groups.
+* Nothing is kept in ``state``: AdamW takes a filled ``state[p]`` for an initialised one.
+* Public names are forwarded to the base (``train`` and ``eval`` of schedule-free ones),
+  private ones never: with ``_step_supports_amp_scaling`` shown, GradScaler would leave
+  it to us to unscale the gradients.
+"""
+
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ghopt.backward import (
+    BackwardFn,
+    Collected,
+    Losses,
+    collect,
+    named_losses,
+    set_aside,
+    weigh,
+)
+from ghopt.geometry import Weighting, gh
+from ghopt.gradients import combine, gramian
+
+
+@dataclass(frozen=True)
+class Harmonization:
+    """What one ``backward`` found and did. Reading a value waits for the device.
+
+    Attributes:
+        names: of the tasks, in the order of the rows below.
+        gramian: inner products of the task gradients before harmonization, over the
+            shared parameters, shape ``[K, K]``, float64.
+        weights: of the task gradients in the update (tau), shape ``[K]``, float64.
+    """
+
+    names: tuple[str, ...]
+    gramian: Tensor
+    weights: Tensor
+
+    @property
+    def cosines(self) -> Tensor:
+        """Cosines between the task gradients, shape ``[K, K]``; 0 with a zero one."""
+        norms = self.gramian.diagonal().sqrt()
+        cosines = self.gramian / norms / norms[:, None]
+        return cosines.where((norms > 0) & (norms > 0)[:, None], 0)
+
+
+@dataclass
+class _Progress:
+    """All that changes between calls: see the module's docstring."""
+
+    collected: dict[str, Collected] = field(default_factory=dict)
+    last: Harmonization | None = None
+
+
+class HarmonizedOptimizer(Optimizer):
+    """Wrap an optimizer so that it steps on harmonized task gradients.
+
+    >>> model = torch.nn.Linear(2, 1)
+    >>> optimizer = HarmonizedOptimizer(torch.optim.AdamW(model.parameters()))
+    >>> out = model(torch.ones(4, 2))
+    >>> optimizer.zero_grad()
+    >>> optimizer.backward([out.square().mean(), (out - 1).abs().mean()])
+    >>> optimizer.step()
+
+    Everything else is the base optimizer's: groups, state, schedulers, checkpoints. Use
+    this object, not the base, for ``GradScaler.unscale_`` and ``GradScaler.step``.
+
+    Args:
+        base_optimizer: takes the step; any :class:`torch.optim.Optimizer`.
+        weighting: from the Gramian of the task gradients, ``[K, K]`` in float64, to
+            their weights, ``[K]``. ``ghopt.gh``, the default, never opposes a task.
+        shared_params: those over which the Gramian is taken and which receive the
+            weighted sum; the other parameters of the optimizer receive the plain sum.
+            By default all parameters of the optimizer are shared.
+
+    Attributes:
+        base_optimizer: as given.
+        weighting: as given.
+
+    Raises:
+        TypeError: if ``base_optimizer`` is no optimizer or ``weighting`` not callable.
+        ValueError: if ``shared_params`` is empty or holds one that is not in
+            ``base_optimizer``.
+    """
+
+    def __init__(
+        self,
+        base_optimizer: Optimizer,
+        weighting: Weighting = gh,
+        *,
+        shared_params: Iterable[Tensor] | None = None,
+    ) -> None:
+        if not isinstance(base_optimizer, Optimizer):
+            given = type(base_optimizer)
+            raise TypeError(f"base_optimizer must be a torch Optimizer, got {given}")
+        if not callable(weighting):
+            raise TypeError(f"weighting must be callable, got {weighting!r}")
+        self.base_optimizer = base_optimizer
+        self.weighting = weighting
+        self._shared = None if shared_params is None else list(shared_params)
+        self._check_shared()
+        self._set_up()
+
+    def backward(
+        self,
+        losses: Losses,
+        *,
+        retain_graph: bool = False,
+        backward_fn: BackwardFn | None = None,
+        accumulate_only: bool = False,
+        sync_group: object = None,
+    ) -> None:
+        """Run one backward pass per task and add the harmonized gradient to ``.grad``.
+
+        In place of ``sum(losses).backward()``, and like it: gradients add to what is in
+        ``.grad``, a parameter that no task reaches keeps its ``.grad`` (None, if so),
+        parameters outside this optimizer receive the plain sum, the graph is freed.
+
+        An exception leaves the ``.grad`` of this optimizer's parameters as it was and
+        drops what was collected. (Parameters outside keep the passes that finished, as
+        after any failing ``backward``.)
+
+        Args:
+            losses: one real scalar per task: a mapping from names, a list or other
+                iterable, or a 1-D tensor. With weights of your own already in them.
+            retain_graph: keep the graph after the last pass.
+            backward_fn: runs each pass in place of ``loss.backward``, called as
+                ``backward_fn(loss, retain_graph=...)``.
+            accumulate_only: keep the gradients of the tasks apart, to be added to those
+                of the next call, and leave ``.grad`` alone. For all micro-batches but
+                the last: harmonizing each by itself is another algorithm.
+            sync_group: reserved for distributed training; must be None.
+
+        Raises:
+            TypeError: if ``losses`` is not iterable, a loss no tensor, or the weighting
+                returns no tensor.
+            ValueError: if there is no loss, one is not a real scalar, none requires
+                grad, the tasks are not those of the micro-batches before, no loss
+                reaches a (shared) parameter of this optimizer, or the weighting returns
+                anything but K weights.
+            NotImplementedError: if ``sync_group`` is not None.
+        """
+        if sync_group is not None:
+            raise NotImplementedError(f"sync_group must be None yet, got {sync_group}")
+        named = named_losses(losses)
+        progress = self._progress
+        if progress.collected and progress.collected.keys() != named.keys():
+            before, now = [*progress.collected], [*named]
+            raise ValueError(f"losses must be those of tasks {before}, got {now}")
+        shared, rest = self._parameters()
+        # From here on held by this frame alone, so that an exception drops them.
+        collected = [progress.collected.pop(name, {}) for name in named]
+        with set_aside([*shared, *rest]) as grads:
+            collect(
+                list(named.values()),
+                shared,
+                collected,
+                retain_graph=retain_graph,
+                backward_fn=backward_fn,
+            )
+            if accumulate_only:
+                sums: list[Tensor | None] = [None] * len(shared)
+            else:
+                sums = self._harmonize(tuple(named), shared, collected)
+            sums += [parameter.grad for parameter in rest]
+            for parameter, grad, added in zip(
+                [*shared, *rest], grads, sums, strict=True
+            ):
+                parameter.grad = _accumulate(grad, added)
+        if accumulate_only:
+            progress.collected.update(zip(named, collected, strict=True))
+
+    def step(  # type: ignore[override]  # one more way to call it than the base class
+        self,
+        closure: Callable[[], float] | None = None,
+        *,
+        losses: Losses | None = None,
+    ) -> float | None:
+        """Step the base optimizer on the gradients in ``.grad``.
+
+        Args:
+            closure: handed to the base optimizer, for bases that evaluate more than
+                once. To harmonize, it calls ``backward`` of this optimizer.
+            losses: as for ``backward``: a shorthand for ``zero_grad()``,
+                ``backward(losses)``, ``step()``.
+
+        Returns:
+            What the base optimizer returns.
+
+        Raises:
+            ValueError: if both ``closure`` and ``losses`` are given.
+        """
+        args: tuple[Any, ...] = (self,) if closure is None else (self, closure)
+        kwargs: dict[str, Any] = {} if losses is None else {"losses": losses}
+        with torch.autograd.profiler.record_function(
+            f"Optimizer.step#{type(self).__name__}.step"
+        ):
+            for pre_hook in self._optimizer_step_pre_hooks.values():
+                changed = pre_hook(self, args, kwargs)
+                if changed is not None:
+                    args, kwargs = changed
+            result = self._step(*args[1:], **kwargs)
+            for post_hook in self._optimizer_step_post_hooks.values():
+                post_hook(self, args, kwargs)
+        return result
+
+    # torch hooks the step of every optimizer class. The base's own is hooked already:
+    # hooking this one too would run the global hooks twice.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear ``.grad`` as the base optimizer does, and any started accumulation."""
+        self._progress.collected.clear()
+        self.base_optimizer.zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the base optimizer."""
+        self.base_optimizer.add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the state of the base optimizer: nothing is added to it.
+
+        So it loads into a base optimizer without this wrapper, and the reverse.
+        """
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        state_dict = self.base_optimizer.state_dict()
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            changed = post_hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the state of the base optimizer, and drop any started accumulation."""
+        state_dict = state_dict.copy()  # as torch does: hooks may change it
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = pre_hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        self.base_optimizer.load_state_dict(state_dict)
+        self._progress.collected.clear()
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    @property
+    def last(self) -> Harmonization | None:
+        """What the last ``backward`` that harmonized found and did; None before it."""
+        return self._progress.last
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups of the base optimizer."""
+        return self.base_optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, param_groups: list[dict[str, Any]]) -> None:
+        self.base_optimizer.param_groups = param_groups
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:
+        """The state of the base optimizer."""
+        return self.base_optimizer.state
+
+    @state.setter
+    def state(self, state: defaultdict[Tensor, Any]) -> None:
+        self.base_optimizer.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The defaults of the base optimizer."""
+        return self.base_optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.base_optimizer.defaults = defaults
+
+    def __getattr__(self, name: str) -> Any:
+        """Forward unknown public names to the base optimizer."""
+        # base_optimizer itself is unknown while unpickling.
+        if name.startswith("_") or "base_optimizer" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
+        return getattr(self.base_optimizer, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Give what a copy needs: as in torch, hooks stay behind."""
+        kept = ("base_optimizer", "weighting", "_shared")
+        return {name: self.__dict__[name] for name in kept}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        """Take what :meth:`__getstate__` gave."""
+        self.__dict__.update(state)
+        self._set_up()
+
+    def __repr__(self) -> str:
+        """Show the weighting and the base optimizer."""
+        weighting = getattr(self.weighting, "__name__", repr(self.weighting))
+        return f"{type(self).__name__}(weighting={weighting}, {self.base_optimizer!r})"
+
+    def _set_up(self) -> None:
+        """Start without progress and hooks, of which torch expects these six kinds."""
+        self._progress = _Progress()
+        self._optimizer_step_pre_hooks = OrderedDict()
+        self._optimizer_step_post_hooks = OrderedDict()
+        self._optimizer_state_dict_pre_hooks = OrderedDict()
+        self._optimizer_state_dict_post_hooks = OrderedDict()
+        self._optimizer_load_state_dict_pre_hooks = OrderedDict()
+        self._optimizer_load_state_dict_post_hooks = OrderedDict()
+
+    def _step(
+        self,
+        closure: Callable[[], float] | None = None,
+        *,
+        losses: Losses | None = None,
+    ) -> float | None:
+        if losses is not None:
+            if closure is not None:
+                raise ValueError(
+                    "closure must be None where losses are given, got both"
+                )
+            named = named_losses(losses)  # before zero_grad: an error changes nothing
+            self.zero_grad()
+            self.backward(named)
+        # What was collected for other weights must not meet what comes next.
+        self._progress.collected.clear()
+        if closure is None:
+            return self.base_optimizer.step()
+        return self.base_optimizer.step(closure)
+
+    def _parameters(self) -> tuple[list[Tensor], list[Tensor]]:
+        """List the trainable parameters: the shared ones, and the rest."""
+        groups = (group["params"] for group in self.param_groups)
+        # Through a dictionary, since one parameter may stand in a group twice.
+        trainable = dict.fromkeys(
+            p for params in groups for p in params if p.requires_grad
+        )
+        if self._shared is None:
+            return list(trainable), []
+        members = set(self._shared)
+        shared = [parameter for parameter in trainable if parameter in members]
+        return shared, [
+            parameter for parameter in trainable if parameter not in members
+        ]
+
+    def _check_shared(self) -> None:
+        if self._shared is None:
+            return
+        if not self._shared:
+            raise ValueError("shared_params must hold a parameter, got none")
+        known = {p for group in self.param_groups for p in group["params"]}
+        for index, param in enumerate(self._shared):
+            if param not in known:
+                given = f"one of shape {list(param.shape)} at {index} that is not"
+                raise ValueError(
+                    f"shared_params must be in base_optimizer, got {given}"
+                )
+
+    def _harmonize(
+        self, names: tuple[str, ...], shared: list[Tensor], collected: list[Collected]
+    ) -> list[Tensor | None]:
+        """Combine the gradients of the tasks, and note how."""
+        if not any(collected):
+            which = "parameter" if self._shared is None else "shared parameter"
+            raise ValueError(f"losses must reach a {which} of this optimizer, got none")
+        gradients = [
+            [task.get(parameter) for parameter in shared] for task in collected
+        ]
+        products = gramian(gradients)
+        weights = weigh(self.weighting, products)
+        self._progress.last = Harmonization(names, products, weights)
+        return combine(gradients, weights)
+
+
+def _accumulate(grad: Tensor | None, added: Tensor | None) -> Tensor | None:
+    """Add to ``.grad`` as autograd does: in place, where both are dense."""
+    if grad is None or added is None:
+        return added if grad is None else grad
+    if grad.layout is added.layout is torch.strided:
+        return grad.add_(added)
+    # torch adds a sparse tensor to a dense one, not the reverse.
+    return added + grad if grad.is_sparse else grad + added
