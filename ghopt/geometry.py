@@ -384,7 +384,7 @@ def _frame(matrix: Tensor, scale: Tensor, resolution: float) -> Tensor:
     inverse_root = (vectors * inverse_roots) @ vectors.mT
     inner_values, inner_vectors = torch.linalg.eigh(root @ allowed @ root)
     inner_root = (inner_vectors * inner_values.clamp(min=0).sqrt()) @ inner_vectors.mT
-    frame = inverse_root @ inner_root @ inverse_root
+    frame: Tensor = inverse_root @ inner_root @ inverse_root
     frame = frame * (norms[:, None] / norms) * (scale / scale[:, None])
     return frame.where((cosines < 0).any(), identity)
 

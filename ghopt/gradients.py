@@ -22,12 +22,16 @@ TaskGradients: TypeAlias = Sequence[Sequence[Tensor | None]]
 _Entries: TypeAlias = dict[int, Tensor]
 """The gradients of one parameter by task, missing ones left out."""
 
-# Elements per block on the CPU. 64K float32 stay in the cache for every product that
-# they enter, and a float32 dot product over them, summed on in float64, is good to
-# 2e-8, where one over 1e8 elements is off by 1e-3.
+# Elements per block on the CPU: 64K float32 stay in the cache for every product that
+# they enter, and so does a float64 copy of half as many.
 _BLOCK = 2**16
+_WIDE_BLOCK = 2**15
 # Elsewhere a block only bounds the memory that its float64 copy takes, to 32 MB.
 _DEVICE_BLOCK = 2**22
+# A float32 dot product over one block is off by up to 4e-7, the sum of many blocks, in
+# float64, by far less (one dot product over 1e8 elements by 1e-3). Shorter gradients
+# have too few blocks for that.
+_LONG = 2**19
 # Tensors up to this size are packed: their arithmetic costs less than a call of torch.
 _SMALL = 2**14
 
@@ -38,11 +42,11 @@ _HALVES = (torch.float16, torch.bfloat16)
 def gramian(gradients: TaskGradients) -> Tensor:
     """Inner products of the gradients of K tasks.
 
-    For any number of elements the error is below 1e-7 of the product of the two norms.
-    On the CPU float32 products suffice for that. Where they could spoil the weights
-    (overflow, norms below 1e-10, gradients in conflict and nearly dependent) they are
-    taken again in float64. On other devices they are float64 at once: to ask whether
-    they must be would make the device wait.
+    The products are float64 and so is their sum, with one exception. On the CPU long
+    float32 gradients are multiplied in float32, block by block, with an error below
+    1e-7 of the product of the norms; where that could spoil the weights (overflow,
+    norms below 1e-10, gradients in conflict and nearly dependent) they are multiplied
+    again in float64. Elsewhere to ask for such a case would make the device wait.
 
     Args:
         gradients: one list per task; a missing entry counts as zero.
@@ -57,15 +61,13 @@ def gramian(gradients: TaskGradients) -> Tensor:
     tensors = [tensor for entries in parameters for tensor in entries.values()]
     if not tensors:
         raise ValueError("gradients must have an entry that is not None, got none")
-    device = tensors[0].device
+    device, tasks = tensors[0].device, len(gradients)
     segments = _segments(parameters)
-    if device.type != "cpu":
-        return _total(segments, len(gradients), device, wide=True)
-    total = _total(segments, len(gradients), device, wide=False)
-    exact = all(torch.finfo(tensor.dtype).bits == 64 for tensor in tensors)
-    if exact or not _in_doubt(total):
-        return total
-    return _total(segments, len(gradients), device, wide=True)
+    fast = device.type == "cpu" and any(_is_long(segment) for segment in segments)
+    total = _total(segments, tasks, device, fast=fast)
+    if fast and _in_doubt(total):
+        return _total(segments, tasks, device, fast=False)
+    return total
 
 
 @torch.no_grad()
@@ -140,13 +142,19 @@ def _is_sparse(entries: _Entries) -> bool:
     return any(tensor.layout is not torch.strided for tensor in entries.values())
 
 
+def _is_long(segment: _Entries) -> bool:
+    """Say whether float32 products, summed in float64 over blocks, come out right."""
+    first = next(iter(segment.values()))
+    return first.dtype is torch.float32 and first.numel() > _LONG
+
+
 def _total(
-    segments: list[_Entries], tasks: int, device: torch.device, wide: bool
+    segments: list[_Entries], tasks: int, device: torch.device, *, fast: bool
 ) -> Tensor:
-    """Sum the inner products over all segments; ``wide`` takes them in float64."""
+    """Sum the inner products over all segments; ``fast``: in float32 where it is long."""
     partial: dict[tuple[int, int, torch.device], list[Tensor]] = defaultdict(list)
     for segment in segments:
-        for i, j, product in _products(segment, wide):
+        for i, j, product in _products(segment, fast=fast and _is_long(segment)):
             partial[i, j, product.device].append(product)
     zero = torch.zeros((), dtype=torch.float64, device=device)
     total = [[zero] * tasks for _ in range(tasks)]
@@ -156,35 +164,47 @@ def _total(
     return torch.stack([torch.stack(row) for row in total])
 
 
-def _products(segment: _Entries, wide: bool) -> Iterator[tuple[int, int, Tensor]]:
+def _products(segment: _Entries, *, fast: bool) -> Iterator[tuple[int, int, Tensor]]:
     """Yield the inner products of each pair of tasks, block by block."""
     pairs = list(combinations_with_replacement(segment, 2))
     if _is_sparse(segment):
         for i, j in pairs:
             yield i, j, _sparse_product(segment[i], segment[j])
         return
-    size = (
-        _BLOCK if next(iter(segment.values())).device.type == "cpu" else _DEVICE_BLOCK
-    )
-    blocks = [torch.split(tensor, size) for tensor in segment.values()]
-    for block in zip(*blocks, strict=True):
-        if wide:
-            block = tuple(part.double() for part in block)
-        elif block[0].dtype in _HALVES:
-            block = tuple(part.float() for part in block)
+    for block in _blocks(list(segment.values()), fast=fast):
         parts = dict(zip(segment, block, strict=True))
         for i, j in pairs:
             yield i, j, torch.dot(parts[i], parts[j])
 
 
+def _blocks(tensors: list[Tensor], *, fast: bool) -> Iterator[tuple[Tensor, ...]]:
+    """Yield aligned blocks of flat tensors, in float64 unless ``fast``.
+
+    A float64 block lives until the next one: all share one piece of memory, since to
+    allocate as much for each costs more than the products.
+    """
+    first = tensors[0]
+    if fast or first.dtype is torch.float64:
+        yield from zip(*(torch.split(t, _BLOCK) for t in tensors), strict=True)
+        return
+    limit = _WIDE_BLOCK if first.device.type == "cpu" else _DEVICE_BLOCK
+    size = min(limit, first.numel())
+    scratch = first.new_empty((len(tensors), size), dtype=torch.float64)
+    for block in zip(*(torch.split(t, size) for t in tensors), strict=True):
+        rows = scratch[:, : len(block[0])]
+        yield tuple(row.copy_(part) for row, part in zip(rows, block, strict=True))
+
+
 def _sparse_product(a: Tensor, b: Tensor) -> Tensor:
-    """Inner product, float64, of two gradients of which one at least is sparse."""
+    """Inner product, float64, of two gradients of a parameter that has a sparse one."""
     # Coalescing first: a product must meet the sum of all entries of a row.
-    a, b = (t.coalesce() if t.is_sparse else t for t in (a, b))
+    a, b = (t.coalesce().double() if t.is_sparse else t.double() for t in (a, b))
     if a.is_sparse and b.is_sparse:
-        return (a.double() * b.double()).coalesce().values().sum()
-    rows, dense = (a, b) if a.is_sparse else (b, a)
-    return (rows.values().double() * dense[tuple(rows.indices())].double()).sum()
+        return (a * b).coalesce().values().sum()
+    if a.is_sparse or b.is_sparse:
+        rows, dense = (a, b) if a.is_sparse else (b, a)
+        return (rows.values() * dense[tuple(rows.indices())]).sum()
+    return (a * b).sum()
 
 
 def _in_doubt(gramian: Tensor) -> bool:
