@@ -180,6 +180,14 @@ def ghpp_printed_coefficients(gramian: Tensor, lam: float = 0.5) -> Tensor:
 
 def _gh(gramian: Tensor) -> Tensor:
     """Coefficients of GH in float64."""
+    _check(gramian)
+    if len(gramian) <= 2:
+        # Eq. 29 as it stands; the clamp is the indicator of eq. 5 and, since the
+        # diagonal is never negative, clears the diagonal.
+        gramian = gramian.double()
+        squares = gramian.diagonal()
+        multipliers = gramian.neg().clamp(min=0) / squares.where(squares > 0, 1)
+        return _identity(gramian) + multipliers + _poison(gramian)
     matrix, scale = _rescaled(gramian)
     enumerable = len(matrix) <= _MOST_ENUMERATED
     multipliers = _enumerate(matrix) if enumerable else _pivot(matrix)
@@ -188,6 +196,7 @@ def _gh(gramian: Tensor) -> Tensor:
 
 def _ghpp(gramian: Tensor, lam: float) -> Tensor:
     """Coefficients of GH++ in float64."""
+    _check(gramian)
     _check_lam(lam)
     matrix, scale = _rescaled(gramian)
     if len(matrix) > 2 and lam != 0.5:
@@ -203,8 +212,9 @@ def _ghpp(gramian: Tensor, lam: float) -> Tensor:
 
 def _ghpp_balanced(gramian: Tensor) -> Tensor:
     """Coefficients of balanced GH++ in float64."""
-    matrix, scale = _rescaled(gramian)
+    _check(gramian)
     _check_at_most_two(gramian)
+    matrix, scale = _rescaled(gramian)
     if len(matrix) == 1:
         return _identity(matrix) + _poison(gramian)
     norms = matrix.diagonal().sqrt() / scale
@@ -214,9 +224,10 @@ def _ghpp_balanced(gramian: Tensor) -> Tensor:
 
 def _ghpp_printed(gramian: Tensor, lam: float) -> Tensor:
     """Coefficients of GH++ as printed in float64."""
+    _check(gramian)
     _check_lam(lam)
-    matrix, _ = _rescaled(gramian)
     _check_at_most_two(gramian)
+    matrix, _ = _rescaled(gramian)
     if len(matrix) == 1:
         return _identity(matrix) + _poison(gramian)
     excess = torch.atan2(matrix[0, 1].neg().clamp(min=0), _determinant(matrix).sqrt())
@@ -232,11 +243,6 @@ def _rescaled(gramian: Tensor) -> tuple[Tensor, Tensor]:
     touches. A Gramian with a non-finite entry becomes the identity: eigh would refuse
     it. The caller adds :func:`_poison`.
     """
-    if gramian.dim() != 2 or gramian.shape[0] != gramian.shape[1] or not len(gramian):
-        shape = list(gramian.shape)
-        raise ValueError(f"gramian must have shape [K, K] with K >= 1, got {shape}")
-    if not gramian.is_floating_point():
-        raise ValueError(f"gramian must be floating point, got {gramian.dtype}")
     gramian = gramian.double()
     exponent = torch.frexp(gramian.diagonal()).exponent
     half = torch.div(exponent, 2, rounding_mode="floor")
@@ -406,6 +412,14 @@ def _identity(matrix: Tensor) -> Tensor:
 def _poison(gramian: Tensor) -> Tensor:
     """Zero, or NaN if any entry is not finite."""
     return torch.sub(gramian, gramian).double().sum()
+
+
+def _check(gramian: Tensor) -> None:
+    if gramian.dim() != 2 or gramian.shape[0] != gramian.shape[1] or not len(gramian):
+        shape = list(gramian.shape)
+        raise ValueError(f"gramian must have shape [K, K] with K >= 1, got {shape}")
+    if not gramian.is_floating_point():
+        raise ValueError(f"gramian must be floating point, got {gramian.dtype}")
 
 
 def _check_lam(lam: float) -> None:

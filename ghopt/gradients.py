@@ -8,7 +8,7 @@ of reals) and any strides, or be sparse. Nothing here knows how gradients are ma
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import reduce
 from itertools import combinations_with_replacement
 from typing import TypeAlias
@@ -26,7 +26,7 @@ _Entries: TypeAlias = dict[int, Tensor]
 # they enter, and so does a float64 copy of half as many.
 _BLOCK = 2**16
 _WIDE_BLOCK = 2**15
-# Elsewhere a block only bounds the memory that its float64 copy takes, to 32 MB.
+# Elsewhere a block only bounds the memory that its float64 copy takes, to 32 MB a task.
 _DEVICE_BLOCK = 2**22
 # A float32 dot product over one block is off by up to 4e-7, the sum of many blocks, in
 # float64, by far less (one dot product over 1e8 elements by 1e-3). Shorter gradients
@@ -52,16 +52,15 @@ def gramian(gradients: TaskGradients) -> Tensor:
         gradients: one list per task; a missing entry counts as zero.
 
     Returns:
-        Shape ``[K, K]``, float64, on the device of the first gradient.
+        Shape ``[K, K]``, float64, symmetric, on the device of the first gradient.
 
     Raises:
         ValueError: if all entries are missing.
     """
-    parameters = _by_parameter(gradients)
-    tensors = [tensor for entries in parameters for tensor in entries.values()]
-    if not tensors:
+    parameters = list(filter(None, _by_parameter(gradients)))
+    if not parameters:
         raise ValueError("gradients must have an entry that is not None, got none")
-    device, tasks = tensors[0].device, len(gradients)
+    device, tasks = _first(parameters[0]).device, len(gradients)
     segments = _segments(parameters)
     fast = device.type == "cpu" and any(_is_long(segment) for segment in segments)
     total = _total(segments, tasks, device, fast=fast)
@@ -74,68 +73,46 @@ def gramian(gradients: TaskGradients) -> Tensor:
 def combine(gradients: TaskGradients, weights: Tensor) -> list[Tensor | None]:
     """Sum the gradients of K tasks with their weights, in place.
 
-    The result takes the memory of the first task that has an entry. float16 and
-    bfloat16 gradients are summed in float32 and rounded once.
+    The result takes the memory of the first task that has an entry; the other entries
+    may be spoilt. float16 and bfloat16 gradients are summed in float32 and rounded once.
 
     Args:
         gradients: one list per task. Nothing else may hold these tensors.
-        weights: shape ``[K]``.
+        weights: shape ``[K]``, float64.
 
     Returns:
         One entry per parameter; ``None`` where no task has one.
     """
+    parameters = _by_parameter(gradients)
     # To read weights on the CPU is free, and numbers are faster than tensors there.
     on_cpu = weights.device.type == "cpu"
-    scales = weights.tolist() if on_cpu else list(weights.unbind())
-    return [
-        _weighted_sum(entries, scales) if entries else None
-        for entries in _by_parameter(gradients)
-    ]
+    factors = weights.tolist() if on_cpu else list(weights.unbind())
+    kinds: dict[object, list[_Entries]] = defaultdict(list)
+    for entries in filter(None, parameters):
+        if _is_sparse(entries) or _first(entries).dtype in _HALVES:
+            entries[min(entries)] = _add_widened(entries, factors)
+        else:
+            first = _first(entries)
+            kinds[first.dtype, first.device, tuple(entries)].append(entries)
+    for kind in kinds.values():
+        _add_alike(kind, factors)
+    return [_first(entries) if entries else None for entries in parameters]
 
 
 def _by_parameter(gradients: TaskGradients) -> list[_Entries]:
     return [
-        # A conjugate view of complex numbers cannot be viewed as pairs of reals.
-        {task: g.resolve_conj() for task, g in enumerate(entries) if g is not None}
+        # Lazily conjugated or negated tensors do not let themselves be written.
+        {
+            task: g.resolve_conj().resolve_neg()
+            for task, g in enumerate(entries)
+            if g is not None
+        }
         for entries in zip(*gradients, strict=True)
     ]
 
 
-def _segments(parameters: list[_Entries]) -> list[_Entries]:
-    """Flatten the gradients of each parameter, and pack small ones of a kind."""
-    segments = []
-    small: dict[object, list[_Entries]] = defaultdict(list)
-    for entries in filter(None, parameters):
-        first = next(iter(entries.values()))
-        if _is_sparse(entries):
-            segments.append(entries)
-            continue
-        tensors = [tensor.reshape(-1) for tensor in _in_memory_order(entries)]
-        flat = dict(zip(entries, tensors, strict=True))
-        if first.numel() <= _SMALL:
-            small[first.dtype, first.device, tuple(entries)].append(flat)
-        else:
-            segments.append(flat)
-    return segments + [
-        {task: torch.cat([flat[task] for flat in kind]) for task in kind[0]}
-        for kind in small.values()
-    ]
-
-
-def _in_memory_order(entries: _Entries) -> list[Tensor]:
-    """View complex numbers as pairs, and permute dimensions to the order in memory.
-
-    So a gradient in channels_last is flattened without a copy. All tasks take the order
-    of the first, which keeps their elements side by side whatever their own strides.
-    """
-    tensors = list(entries.values())
-    if tensors[0].is_complex():
-        tensors = [torch.view_as_real(tensor) for tensor in tensors]
-    if all(tensor.is_contiguous() for tensor in tensors):
-        return tensors
-    first = tensors[0]
-    order = sorted(range(first.dim()), key=first.stride, reverse=True)
-    return [tensor.permute(order) for tensor in tensors]
+def _first(entries: _Entries) -> Tensor:
+    return next(iter(entries.values()))
 
 
 def _is_sparse(entries: _Entries) -> bool:
@@ -144,67 +121,109 @@ def _is_sparse(entries: _Entries) -> bool:
 
 def _is_long(segment: _Entries) -> bool:
     """Say whether float32 products, summed in float64 over blocks, come out right."""
-    first = next(iter(segment.values()))
+    first = _first(segment)
     return first.dtype is torch.float32 and first.numel() > _LONG
+
+
+def _segments(parameters: list[_Entries]) -> list[_Entries]:
+    """Flatten the gradients of each parameter, and pack small ones of a kind."""
+    segments = []
+    small: dict[object, list[_Entries]] = defaultdict(list)
+    for entries in parameters:
+        first = _first(entries)
+        if _is_sparse(entries):
+            segments.append(entries)
+        elif first.numel() <= _SMALL:
+            small[first.dtype, first.device, tuple(entries)].append(entries)
+        else:
+            flat = _flat(list(entries.values()))
+            segments.append(dict(zip(entries, flat, strict=True)))
+    for kind in small.values():
+        flats = [_flat(list(entries.values())) for entries in kind]
+        packed = [torch.cat(task) for task in zip(*flats, strict=True)]
+        segments.append(dict(zip(kind[0], packed, strict=True)))
+    return segments
+
+
+def _flat(tensors: list[Tensor]) -> list[Tensor]:
+    """Flatten the gradients of one parameter, complex ones as pairs of reals.
+
+    In the order in memory, so that one in channels_last is flattened without a copy.
+    All tasks take the order of the first, which keeps their elements side by side.
+    """
+    if tensors[0].is_complex():
+        tensors = [torch.view_as_real(tensor) for tensor in tensors]
+    first = tensors[0]
+    if not first.is_contiguous():
+        order = sorted(range(first.dim()), key=first.stride, reverse=True)
+        tensors = [tensor.permute(order) for tensor in tensors]
+    return [tensor.reshape(-1) for tensor in tensors]
 
 
 def _total(
     segments: list[_Entries], tasks: int, device: torch.device, *, fast: bool
 ) -> Tensor:
     """Sum the inner products over all segments; ``fast``: in float32 where it is long."""
-    partial: dict[tuple[int, int, torch.device], list[Tensor]] = defaultdict(list)
+    totals: dict[torch.device, Tensor] = {}
     for segment in segments:
-        for i, j, product in _products(segment, fast=fast and _is_long(segment)):
-            partial[i, j, product.device].append(product)
-    zero = torch.zeros((), dtype=torch.float64, device=device)
-    total = [[zero] * tasks for _ in range(tasks)]
-    for (i, j, _), products in partial.items():
-        entry = torch.stack(products).sum(dtype=torch.float64).to(device)
-        total[i][j] = total[j][i] = total[i][j] + entry
-    return torch.stack([torch.stack(row) for row in total])
+        place = _first(segment).device
+        if place not in totals:
+            totals[place] = torch.zeros(tasks, tasks, dtype=torch.float64, device=place)
+        if _is_sparse(segment):
+            _add_sparse(totals[place], segment)
+        elif place.type == "cpu" and (
+            _first(segment).dtype is torch.float64 or (fast and _is_long(segment))
+        ):
+            _add_as_they_are(totals[place], segment)
+        else:
+            _add_in_float64(totals[place], segment)
+    total = reduce(torch.add, (part.to(device) for part in totals.values()))
+    return total.triu() + total.triu(1).T
 
 
-def _products(segment: _Entries, *, fast: bool) -> Iterator[tuple[int, int, Tensor]]:
-    """Yield the inner products of each pair of tasks, block by block."""
-    pairs = list(combinations_with_replacement(segment, 2))
-    if _is_sparse(segment):
-        for i, j in pairs:
-            yield i, j, _sparse_product(segment[i], segment[j])
-        return
-    for block in _blocks(list(segment.values()), fast=fast):
-        parts = dict(zip(segment, block, strict=True))
-        for i, j in pairs:
-            yield i, j, torch.dot(parts[i], parts[j])
-
-
-def _blocks(tensors: list[Tensor], *, fast: bool) -> Iterator[tuple[Tensor, ...]]:
-    """Yield aligned blocks of flat tensors, in float64 unless ``fast``.
-
-    A float64 block lives until the next one: all share one piece of memory, since to
-    allocate as much for each costs more than the products.
-    """
-    first = tensors[0]
-    if fast or first.dtype is torch.float64:
-        yield from zip(*(torch.split(t, _BLOCK) for t in tensors), strict=True)
-        return
+def _add_in_float64(total: Tensor, segment: _Entries) -> None:
+    """Add the inner products of a segment, as products of blocks ``[K, n]``."""
+    first = _first(segment)
     limit = _WIDE_BLOCK if first.device.type == "cpu" else _DEVICE_BLOCK
-    size = min(limit, first.numel())
-    scratch = first.new_empty((len(tensors), size), dtype=torch.float64)
-    for block in zip(*(torch.split(t, size) for t in tensors), strict=True):
+    size = min(limit, max(1, first.numel()))
+    # One piece of memory for all blocks: to allocate each costs more than its products.
+    # The rows of missing tasks stay zero.
+    scratch = torch.zeros(len(total), size, dtype=torch.float64, device=first.device)
+    for block in zip(*(torch.split(t, size) for t in segment.values()), strict=True):
         rows = scratch[:, : len(block[0])]
-        yield tuple(row.copy_(part) for row, part in zip(rows, block, strict=True))
+        for task, part in zip(segment, block, strict=True):
+            rows[task].copy_(part)
+        total.addmm_(rows, rows.T)
 
 
-def _sparse_product(a: Tensor, b: Tensor) -> Tensor:
-    """Inner product, float64, of two gradients of a parameter that has a sparse one."""
+def _add_as_they_are(total: Tensor, segment: _Entries) -> None:
+    """Add the inner products of a segment, block by block in its own dtype."""
+    products: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
+    blocks = [torch.split(tensor, _BLOCK) for tensor in segment.values()]
+    for block in zip(*blocks, strict=True):
+        parts = dict(zip(segment, block, strict=True))
+        for i, j in combinations_with_replacement(segment, 2):
+            products[i, j].append(torch.dot(parts[i], parts[j]))
+    for (i, j), parts_ij in products.items():
+        total[i, j] += torch.stack(parts_ij).sum(dtype=torch.float64)
+
+
+def _add_sparse(total: Tensor, segment: _Entries) -> None:
+    """Add the inner products of a parameter that has a sparse gradient."""
     # Coalescing first: a product must meet the sum of all entries of a row.
-    a, b = (t.coalesce().double() if t.is_sparse else t.double() for t in (a, b))
-    if a.is_sparse and b.is_sparse:
-        return (a * b).coalesce().values().sum()
-    if a.is_sparse or b.is_sparse:
-        rows, dense = (a, b) if a.is_sparse else (b, a)
-        return (rows.values() * dense[tuple(rows.indices())]).sum()
-    return (a * b).sum()
+    wide = {
+        task: tensor.coalesce().double() if tensor.is_sparse else tensor.double()
+        for task, tensor in segment.items()
+    }
+    for i, j in combinations_with_replacement(wide, 2):
+        a, b = wide[i], wide[j]
+        if a.is_sparse and b.is_sparse:
+            total[i, j] += (a * b).coalesce().values().sum()
+        elif a.is_sparse or b.is_sparse:
+            rows, dense = (a, b) if a.is_sparse else (b, a)
+            total[i, j] += (rows.values() * dense[tuple(rows.indices())]).sum()
+        else:
+            total[i, j] += (a * b).sum()
 
 
 def _in_doubt(gramian: Tensor) -> bool:
@@ -220,39 +239,34 @@ def _in_doubt(gramian: Tensor) -> bool:
     return bool(torch.linalg.eigvalsh(cosines)[0] < 0.1)
 
 
-def _weighted_sum(entries: _Entries, scales: list[float] | list[Tensor]) -> Tensor:
-    """Sum the gradients of one parameter, in the memory of the first."""
-    factors = [scales[task] for task in entries]
-    if _is_sparse(entries):
-        terms = [
-            t * factor for t, factor in zip(entries.values(), factors, strict=True)
-        ]
-        # torch adds a sparse tensor to a dense one, not the reverse.
-        return reduce(torch.add, sorted(terms, key=lambda term: term.is_sparse))
-    tensors = _in_memory_order(entries)
-    blocks = [tuple(tensors)]
-    if tensors[0].device.type == "cpu" and all(t.is_contiguous() for t in tensors):
-        flat = [torch.split(tensor.view(-1), _BLOCK) for tensor in tensors]
-        blocks = list(zip(*flat, strict=True))
-    for block in blocks:
-        _add_up(block, factors)
-    return next(iter(entries.values()))
+def _add_alike(kind: list[_Entries], factors: list[float] | list[Tensor]) -> None:
+    """Sum the dense gradients of parameters alike in dtype, device and tasks.
 
-
-def _add_up(block: tuple[Tensor, ...], factors: list[float | Tensor]) -> None:
-    """Leave the weighted sum of the tensors in the first of them."""
-    first, *others = block
-    total = first.float() if first.dtype in _HALVES else first
-    for term, factor in zip([total, *others], factors, strict=True):
+    Into those of the first task, with one or two calls of torch a task.
+    """
+    columns = {task: [entries[task] for entries in kind] for task in kind[0]}
+    first = next(iter(columns.values()))
+    for task, column in columns.items():
+        factor = factors[task]
         if isinstance(factor, Tensor):
-            factor = factor.to(total.device)
-            if term is total:
-                total.mul_(factor)
-            else:
-                total.addcmul_(term.to(total.dtype), factor)
-        elif term is not total:
-            total.add_(term, alpha=factor)
+            torch._foreach_mul_(column, factor.to(column[0].device))
+            if column is not first:
+                torch._foreach_add_(first, column)
+        elif column is not first:
+            torch._foreach_add_(first, column, alpha=factor)
         elif factor != 1:  # saves a pass wherever nothing conflicts
-            total.mul_(factor)
-    if total is not first:
-        first.copy_(total)
+            torch._foreach_mul_(first, factor)
+
+
+def _add_widened(entries: _Entries, factors: list[float] | list[Tensor]) -> Tensor:
+    """Sum the gradients of one parameter that are sparse or have half precision."""
+    sparse, first = _is_sparse(entries), _first(entries)
+    terms = []
+    for task, entry in entries.items():
+        factor = factors[task]
+        if isinstance(factor, Tensor):
+            factor = factor.to(entry.device)
+        terms.append((entry if sparse else entry.float()) * factor)
+    # torch adds a sparse tensor to a dense one, not the reverse.
+    total = reduce(torch.add, sorted(terms, key=lambda term: term.is_sparse))
+    return total if sparse else first.copy_(total)
