@@ -134,15 +134,27 @@ def collect(
         # Where there are earlier gradients autograd adds to them in place.
         for parameter in parameters:
             parameter.grad = gradients.pop(parameter, None)
-        keep = retain_graph or task != last
-        if backward_fn is None:
-            loss.backward(retain_graph=keep)  # type: ignore[no-untyped-call]  # torch's
-        else:
-            backward_fn(loss, retain_graph=keep)
+        _run(loss, retain_graph or task != last, backward_fn)
         for parameter in parameters:
             if parameter.grad is not None:
                 gradients[parameter] = _own(parameter.grad, addresses)
                 parameter.grad = None
+
+
+def _run(loss: Tensor, retain_graph: bool, backward_fn: BackwardFn | None) -> None:
+    """Run one backward pass."""
+    try:
+        if backward_fn is not None:
+            backward_fn(loss, retain_graph=retain_graph)
+        else:
+            loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]  # torch's
+    except RuntimeError as error:
+        # A model compiled when its graph was not kept has its backward pass write into
+        # what the forward pass saved, which a second pass would need.
+        if "donated buffers" not in str(error):
+            raise
+        cure = "set torch._functorch.config.donated_buffer = False before compiling"
+        raise RuntimeError(f"one pass per task keeps the graph: {cure}") from error
 
 
 def _own(gradient: Tensor, addresses: set[int]) -> Tensor:

@@ -19,7 +19,7 @@ form:
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -36,6 +36,9 @@ from ghopt.backward import (
 )
 from ghopt.geometry import Weighting, gh
 from ghopt.gradients import combine, gramian
+
+Closure: TypeAlias = Callable[[], Any]
+"""Evaluates the model; returns a number, a scalar tensor or the losses of the tasks."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,8 @@ class HarmonizedOptimizer(Optimizer):
         weighting: as given.
 
     Raises:
-        TypeError: if ``base_optimizer`` is no optimizer or ``weighting`` not callable.
+        TypeError: if ``base_optimizer`` is no optimizer, ``weighting`` not callable or
+            ``shared_params`` a single tensor.
         ValueError: if ``shared_params`` is empty or holds one that is not in
             ``base_optimizer``.
     """
@@ -110,6 +114,11 @@ class HarmonizedOptimizer(Optimizer):
         if not isinstance(base_optimizer, Optimizer):
             given = type(base_optimizer)
             raise TypeError(f"base_optimizer must be a torch Optimizer, got {given}")
+        if isinstance(shared_params, Tensor):
+            shape = list(shared_params.shape)
+            raise TypeError(
+                f"shared_params must be an iterable, got one of shape {shape}"
+            )
         if not callable(weighting):
             raise TypeError(f"weighting must be callable, got {weighting!r}")
         self.base_optimizer = base_optimizer
@@ -149,14 +158,18 @@ class HarmonizedOptimizer(Optimizer):
             sync_group: reserved for distributed training; must be None.
 
         Raises:
-            TypeError: if ``losses`` is not iterable, a loss no tensor, or the weighting
-                returns no tensor.
+            TypeError: if ``losses`` is not iterable, a loss no tensor, ``backward_fn``
+                not callable, or the weighting returns no tensor.
             ValueError: if there is no loss, one is not a real scalar, none requires
                 grad, the tasks are not those of the micro-batches before, no loss
                 reaches a (shared) parameter of this optimizer, or the weighting returns
                 anything but K weights.
             NotImplementedError: if ``sync_group`` is not None.
+            RuntimeError: if a pass fails; with its cure, if a compiled model fails for
+                donated buffers.
         """
+        if backward_fn is not None and not callable(backward_fn):
+            raise TypeError(f"backward_fn must be callable, got {backward_fn!r}")
         if sync_group is not None:
             raise NotImplementedError(f"sync_group must be None yet, got {sync_group}")
         named = named_losses(losses)
@@ -189,7 +202,7 @@ class HarmonizedOptimizer(Optimizer):
 
     def step(  # type: ignore[override]  # one more way to call it than the base class
         self,
-        closure: Callable[[], float] | None = None,
+        closure: Closure | None = None,
         *,
         losses: Losses | None = None,
     ) -> float | None:
@@ -197,7 +210,10 @@ class HarmonizedOptimizer(Optimizer):
 
         Args:
             closure: handed to the base optimizer, for bases that evaluate more than
-                once. To harmonize, it calls ``backward`` of this optimizer.
+                once. It calls ``backward`` of this optimizer and returns a number, or
+                it returns the losses (a list, tuple, mapping or 1-D tensor): then
+                ``zero_grad()`` and ``backward(losses)`` follow, and the base is given
+                their sum.
             losses: as for ``backward``: a shorthand for ``zero_grad()``,
                 ``backward(losses)``, ``step()``.
 
@@ -324,7 +340,7 @@ class HarmonizedOptimizer(Optimizer):
 
     def _step(
         self,
-        closure: Callable[[], float] | None = None,
+        closure: Closure | None = None,
         *,
         losses: Losses | None = None,
     ) -> float | None:
@@ -340,7 +356,22 @@ class HarmonizedOptimizer(Optimizer):
         self._progress.collected.clear()
         if closure is None:
             return self.base_optimizer.step()
-        return self.base_optimizer.step(closure)
+        return self.base_optimizer.step(lambda: self._evaluate(closure))
+
+    def _evaluate(self, closure: Closure) -> Any:
+        """Call a closure; harmonize the losses if it returns them."""
+        with torch.enable_grad():  # as bases do, but for those that leave it to us
+            result = closure()
+        if isinstance(result, Tensor) and result.dim() != 1:
+            return result
+        if not isinstance(result, Tensor | Mapping | list | tuple):
+            return result
+        losses = named_losses(result)
+        self.zero_grad()
+        self.backward(losses)
+        return torch.stack(
+            [loss.detach().reshape(()) for loss in losses.values()]
+        ).sum()
 
     def _parameters(self) -> tuple[list[Tensor], list[Tensor]]:
         """List the trainable parameters: the shared ones, and the rest."""
