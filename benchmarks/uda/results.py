@@ -1,0 +1,146 @@
+"""What runs leave behind, on disk and as statistics over seeds."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+Row: TypeAlias = tuple[float, float, float]
+"""A Gramian of two tasks: g1.g1, g1.g2 and g2.g2."""
+
+# Cosines nearer to 0 than this are 0: GH++ makes orthogonal gradients, up to rounding.
+ORTHOGONAL = 1e-9
+
+# Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom. Two standard
+# errors would be right for many seeds; at 3 they would call one noise in five a gain.
+STUDENT = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+)
+
+
+# Two seeds often differ by exactly as many test images, as if there were no noise.
+FEWEST_SEEDS = 3
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run.
+
+    Attributes:
+        config: the fields of ``steps.Config``.
+        errors: (steps done, target test error in percent), from step 0 to the last.
+        before: Gramians of the two gradients over G, one per harmonized update.
+        after: the same, harmonized.
+        null: Gramians of unrelated gradients (``updates.unrelated_gramians``); runs
+            with the rule ``sum`` only.
+    """
+
+    config: dict[str, Any]
+    errors: list[tuple[int, float]]
+    before: list[Row]
+    after: list[Row]
+    null: list[Row]
+
+    @property
+    def method(self) -> str:
+        """Name of the method."""
+        return str(self.config["method"])
+
+    @property
+    def rule(self) -> str:
+        """Name of the rule."""
+        return str(self.config["rule"])
+
+    @property
+    def accuracy(self) -> float:
+        """Target test accuracy after the last step, in percent."""
+        return 100 - self.errors[-1][1]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Accuracy of a rule minus that of the plain sum, in points, paired by seed.
+
+    Attributes:
+        mean: over the seeds.
+        error: its standard error; NaN for a single seed.
+        margin: what a mean must exceed to be told from 0 at 95 % (Student's t times
+            ``error``); infinite below 3 seeds.
+    """
+
+    mean: float
+    error: float
+    margin: float
+
+    @property
+    def is_noise(self) -> bool:
+        """Whether the seeds cannot tell this difference from 0."""
+        return not abs(self.mean) > self.margin
+
+
+def write_results(path: Path, results: Sequence[Result]) -> None:
+    """Write one JSON object per line and run."""
+    lines = (json.dumps(asdict(result)) for result in results)
+    path.write_text("".join(f"{line}\n" for line in lines))
+
+
+def read_results(path: Path) -> list[Result]:
+    """Read what :func:`write_results` wrote, with lists in place of tuples."""
+    return [Result(**json.loads(line)) for line in path.read_text().splitlines()]
+
+
+def select(results: Sequence[Result], method: str, rule: str) -> list[Result]:
+    """Return the runs of a method and rule, by seed."""
+    chosen = [
+        result for result in results if (result.method, result.rule) == (method, rule)
+    ]
+    return sorted(chosen, key=lambda result: int(result.config["seed"]))
+
+
+def paired_difference(rule: Sequence[float], plain: Sequence[float]) -> Difference:
+    """Compare accuracies of a rule and of the sum, element by element (seed by seed).
+
+    Raises:
+        ValueError: if their numbers differ, or there are none.
+    """
+    differences = [a - b for a, b in zip(rule, plain, strict=True)]
+    count = len(differences)
+    if count == 0:
+        raise ValueError("Invalid rule value: no accuracies to compare")
+    error = stdev(differences) / math.sqrt(count) if count > 1 else math.nan
+    if count < FEWEST_SEEDS:
+        return Difference(mean(differences), error, math.inf)
+    # Beyond the table the quantile is within 0.3 % of 1.96 + 2.4 / freedom.
+    freedom = count - 1
+    quantile = STUDENT[freedom - 1] if freedom <= len(STUDENT) else 1.96 + 2.4 / freedom
+    return Difference(mean(differences), error, quantile * error)
+
+
+def cosines(rows: Sequence[Row]) -> Tensor:
+    """Cosines of pairs of gradients, float64 ``[n]``; 0 where a gradient is zero."""
+    gramians = torch.tensor(rows, dtype=torch.float64).view(-1, 3)
+    norms = gramians[:, 0].sqrt() * gramians[:, 2].sqrt()
+    return torch.where(norms == 0, 0, gramians[:, 1] / norms.where(norms != 0, 1))
+
+
+def norm_ratios(rows: Sequence[Row]) -> Tensor:
+    """Norm of g1 divided by that of g2, float64 ``[n]``."""
+    gramians = torch.tensor(rows, dtype=torch.float64).view(-1, 3)
+    return gramians[:, 0].sqrt() / gramians[:, 2].sqrt()
+
+
+def obtuse_share(rows: Sequence[Row]) -> float:
+    """Share of pairs at an obtuse angle, in [0, 1]; NaN without pairs."""
+    return float((cosines(rows) < -ORTHOGONAL).double().mean())
+
+
+def pool(results: Sequence[Result], field: str) -> list[Row]:
+    """Concatenate the Gramians ``before``, ``after`` or ``null`` of several runs."""
+    return [row for result in results for row in getattr(result, field)]

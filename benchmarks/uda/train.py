@@ -1,0 +1,65 @@
+"""One whole run: train, evaluate, remember."""
+
+from dataclasses import asdict
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from benchmarks.uda.data import Split, Task, batches
+from benchmarks.uda.networks import Networks, build_networks
+from benchmarks.uda.results import Result, Row
+from benchmarks.uda.rules import harmonized_gramian
+from benchmarks.uda.steps import Config, make_step
+from benchmarks.uda.updates import Harmonized, Record, to_row
+
+
+def run(config: Config, task: Task) -> Result:
+    """Train once and return what is reported.
+
+    Runs that differ only in their rule start from the same weights, see the same
+    batches and drop the same units. Sets the global random state.
+    """
+    networks = build_networks(config.method, config.seed)
+    record = Record()
+    make_update = partial(
+        Harmonized,
+        rule=config.rule,
+        record=record,
+        null_every=10 if config.rule == "sum" else None,
+        seed=config.seed,
+    )
+    step = make_step(config, networks, make_update)
+    evaluate_every = max(1, config.steps // config.evaluations)
+    errors = [(0, target_error(networks, task.test))]
+    stream = batches(task, config.batch_size, config.steps, config.seed)
+    for done, batch in enumerate(stream, start=1):
+        step(batch, (done - 1) / config.steps)
+        if done % evaluate_every == 0 or done == config.steps:
+            errors.append((done, target_error(networks, task.test)))
+    after = [harmonized_gramian(config.rule, gramian) for gramian in record.gramians]
+    return Result(
+        config=asdict(config),
+        errors=errors,
+        before=[_row(gramian) for gramian in record.gramians],
+        after=[_row(gramian) for gramian in after],
+        null=record.null,
+    )
+
+
+@torch.no_grad()
+def target_error(networks: Networks, test: Split) -> float:
+    """Share of the target test set that is misclassified, in percent."""
+    networks.eval()
+    wrong = sum(
+        int((networks(images).argmax(1) != labels).sum())
+        for images, labels in zip(
+            torch.split(test.images, 1000), torch.split(test.labels, 1000), strict=True
+        )
+    )
+    networks.train()
+    return 100 * wrong / len(test.labels)
+
+
+def _row(gramian: Tensor) -> Row:
+    return to_row(gramian[0, 0], gramian[0, 1], gramian[1, 1])

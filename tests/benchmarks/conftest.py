@@ -1,0 +1,29 @@
+"""A task of random images: training on it is fast and needs no file."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from benchmarks.uda.data import Split, Task
+
+
+@pytest.fixture(autouse=True, scope="package")
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def task() -> Task:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(96, 1, 16, 16, generator=generator) * 2 - 1
+    labels = torch.randint(10, (96,), generator=generator)
+    return Task(
+        "noise-noise",
+        Split(images[:32], labels[:32]),
+        images[32:64],
+        Split(images[64:], labels[64:]),
+    )

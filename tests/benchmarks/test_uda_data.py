@@ -1,0 +1,199 @@
+"""The data: documented shapes, nothing shared by training and test, clear errors."""
+
+import hashlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.uda import data
+from benchmarks.uda.data import DEMO, Split, Task, batches, load_task
+from benchmarks.uda.extra import bench_extra
+
+REAL_DATA = Path(__file__).parents[3] / "shared" / "data"
+SHAPES = {"mnist": (60000, 10000, 28), "usps": (7291, 2007, 16)}
+
+
+def write_fake_files(directory: Path) -> None:
+    """A tenth of a percent of the real files: label k is a white image at level k."""
+    for name, (_, _, side) in SHAPES.items():
+        labels = np.arange(40, dtype=np.uint8) % 10
+        images = np.repeat(labels * 25, side * side).reshape(-1, side, side)
+        arrays: dict[str, Any] = {}
+        for part in ("train", "test"):
+            arrays |= {f"x_{part}": images, f"y_{part}": labels}
+        np.savez(directory / f"{name}.npz", **arrays)
+
+
+def assert_documented(split: Split, count: int) -> None:
+    assert split.images.shape == (count, 1, 16, 16)
+    assert split.images.dtype == torch.float32
+    assert split.images.min() >= -1
+    assert split.images.max() <= 1
+    assert split.labels.shape == (count,)
+    assert split.labels.dtype == torch.int64
+
+
+@pytest.fixture(scope="module")
+def demo() -> Task:
+    return load_task(DEMO)
+
+
+def test_the_demo_needs_nothing_but_wheels_and_has_the_documented_shapes(
+    demo: Task,
+) -> None:
+    assert_documented(demo.source, 5000)
+    assert_documented(demo.test, 500)
+    assert demo.target.shape == (1297, 1, 16, 16)
+    assert demo.source.labels.bincount().tolist() == [500] * 10
+    # A tenth each, as in the whole file.
+    assert all(45 <= count <= 55 for count in demo.test.labels.bincount())
+
+
+def test_both_demo_domains_use_the_whole_range_of_grey(demo: Task) -> None:
+    for images in (demo.source.images, demo.target, demo.test.images):
+        assert images.amin() == -1
+        assert images.amax() > 0.99
+
+
+def test_no_target_image_is_both_trained_on_and_tested(demo: Task) -> None:
+    train = {image.numpy().tobytes() for image in demo.target}
+    test = {image.numpy().tobytes() for image in demo.test.images}
+    assert not train & test
+
+
+@pytest.mark.filterwarnings("ignore:.*is not the file")
+def test_every_image_of_a_file_keeps_its_grey_level_and_label(tmp_path: Path) -> None:
+    write_fake_files(tmp_path)
+    task = load_task("mnist-usps", tmp_path)
+    for split in (task.source, task.test):
+        assert_documented(split, 40)
+        grey = split.images.flatten(1)
+        level = split.labels[:, None] * 25 / 127.5 - 1
+        torch.testing.assert_close(grey, level.expand_as(grey))
+
+
+@pytest.mark.filterwarnings("ignore:.*is not the file")
+def test_mnist_is_shrunk_by_area_and_usps_is_left_alone(tmp_path: Path) -> None:
+    write_fake_files(tmp_path)
+    generator = np.random.default_rng(0)
+    pixels = {
+        name: generator.integers(0, 256, (40, side, side), dtype=np.uint8)
+        for name, (_, _, side) in SHAPES.items()
+    }
+    for name, images in pixels.items():
+        path = tmp_path / f"{name}.npz"
+        with np.load(path) as arrays:
+            np.savez(path, **{**arrays, "x_train": images})
+    task = load_task("usps-mnist", tmp_path)
+    usps = torch.from_numpy(pixels["usps"])[:, None] / 127.5 - 1
+    torch.testing.assert_close(task.source.images, usps)
+    # 28/16 pixels per side: the first covers pixels 0 and 1 wholly, as torch does it.
+    first = torch.from_numpy(pixels["mnist"])[:, :2, :2].float().mean((1, 2))
+    torch.testing.assert_close(task.target[:, 0, 0, 0], first / 127.5 - 1)
+
+
+def test_a_missing_file_is_named_with_its_path_and_contents(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as error:
+        load_task("usps-mnist", tmp_path)
+    assert str(tmp_path / "usps.npz") in str(error.value)
+    assert "x_train [7291, 16, 16]" in str(error.value)
+
+
+def test_a_file_with_another_checksum_warns_and_names_it(tmp_path: Path) -> None:
+    write_fake_files(tmp_path)
+    with (
+        pytest.warns(UserWarning, match=r"usps\.npz is not the file"),
+        pytest.warns(UserWarning, match=r"mnist\.npz is not the file"),
+    ):
+        load_task("usps-mnist", tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:.*is not the file")
+def test_a_file_that_lacks_an_array_is_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "usps.npz", x_train=np.zeros(1))
+    with pytest.raises(ValueError, match=r"usps\.npz has no x_test, y_test, y_train"):
+        load_task("usps-mnist", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "directory", "message"),
+    [
+        ("svhn-mnist", None, "Invalid task value: svhn-mnist"),
+        ("usps-mnist", None, "Invalid directory value: None"),
+        (DEMO, Path("here"), "Invalid directory value: here"),
+    ],
+)
+def test_errors_name_the_argument_and_its_value(
+    name: str, directory: Path | None, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_task(name, directory)
+
+
+def test_the_real_files_or_stand_ins_have_the_documented_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = dict.fromkeys(SHAPES, (40, 40))
+    directory = tmp_path
+    if REAL_DATA.is_dir():
+        directory = REAL_DATA
+        counts = {name: (train, test) for name, (train, test, _) in SHAPES.items()}
+    else:
+        write_fake_files(tmp_path)
+        hashes = {
+            name: hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+            for name in data.SHA256
+        }
+        monkeypatch.setattr(data, "SHA256", hashes)
+    task = load_task("mnist-usps", directory)
+    assert_documented(task.source, counts["mnist"][0])
+    assert_documented(task.test, counts["usps"][1])
+    assert len(task.target) == counts["usps"][0]
+    assert set(task.source.labels.tolist()) == set(range(10))
+
+
+def test_batches_depend_on_the_seed_alone(task: Task) -> None:
+    first = list(batches(task, 8, 6, seed=1))
+    torch.rand(3)  # what a method draws in between
+    again = list(batches(task, 8, 6, seed=1))
+    other = list(batches(task, 8, 6, seed=2))
+    for one, two in zip(first, again, strict=True):
+        assert all(a.equal(b) for a, b in zip(one, two, strict=True))
+    assert not first[0].source.equal(other[0].source)
+
+
+def test_an_epoch_shows_every_image_once(task: Task) -> None:
+    epoch = list(batches(task, 8, 4, seed=0))
+    shown = {image.numpy().tobytes() for batch in epoch for image in batch.target}
+    assert len(shown) == len(task.target)
+
+
+def test_images_keep_their_labels_in_batches(task: Task) -> None:
+    labels = {
+        image.numpy().tobytes(): int(label)
+        for image, label in zip(*task.source, strict=True)
+    }
+    for batch in batches(task, 8, 4, seed=0):
+        for image, label in zip(batch.source, batch.labels, strict=True):
+            assert labels[image.numpy().tobytes()] == label
+
+
+@pytest.mark.parametrize("size", [0, 33])
+def test_a_batch_that_no_domain_can_fill_is_refused(task: Task, size: int) -> None:
+    with pytest.raises(ValueError, match=f"Invalid batch size value: {size}"):
+        next(batches(task, size, 1, seed=0))
+
+
+def test_a_missing_package_is_named_with_its_extra(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "mlxtend", None)
+    with (
+        pytest.raises(ImportError, match=r'mlxtend.*pip install "ghopt\[bench\]"'),
+        bench_extra(),
+    ):
+        import mlxtend  # noqa: F401

@@ -1,0 +1,347 @@
+"""The methods: losses against literal loops, and who is moved by which step."""
+
+import math
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD
+
+from benchmarks.uda.data import Batch, Task, batches
+from benchmarks.uda.methods import (
+    Losses,
+    cdan_losses,
+    dann_losses,
+    discrepancy,
+    domain_loss,
+    entropy_weights,
+    mcd_losses,
+    outer_product,
+    warm_up,
+)
+from benchmarks.uda.networks import Networks, build_networks, reverse_gradient
+from benchmarks.uda.rules import RULES, harmonized_gramian
+from benchmarks.uda.steps import (
+    METHODS,
+    Config,
+    make_step,
+    mcd_generator_step,
+    mcd_heads_step,
+)
+from benchmarks.uda.updates import (
+    Harmonized,
+    Record,
+    Update,
+    plain_update,
+    unrelated_gramians,
+)
+
+
+@pytest.fixture
+def batch(task: Task) -> Batch:
+    return next(batches(task, 8, 1, seed=0))
+
+
+def values(module: nn.Module) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in module.parameters()]
+
+
+def same(before: Iterable[Tensor], module: nn.Module) -> bool:
+    return all(a.equal(b) for a, b in zip(before, module.parameters(), strict=True))
+
+
+def gradients(loss: Tensor, module: nn.Module) -> list[Tensor]:
+    return list(
+        torch.autograd.grad(
+            loss, list(module.parameters()), retain_graph=True, materialize_grads=True
+        )
+    )
+
+
+def test_gradient_reversal_keeps_values_and_negates_and_scales_gradients() -> None:
+    x = torch.tensor([1e-8, -3.0, 7e12], requires_grad=True)
+    out = reverse_gradient(x, 0.3)
+    assert out.equal(x)
+    weights = torch.tensor([1.0, 2.0, -4.0])
+    (gradient,) = torch.autograd.grad(out @ weights, x)
+    torch.testing.assert_close(gradient, -0.3 * weights)
+
+
+def test_reversal_warms_up_from_0_to_1() -> None:
+    assert warm_up(0) == 0
+    assert math.isclose(warm_up(0.1), 2 / (1 + math.exp(-1)) - 1)
+    assert warm_up(0.2) < warm_up(0.5) < warm_up(1) < 1
+
+
+def test_outer_product_and_entropy_weights_are_those_of_literal_loops() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(6, 3, generator=generator)
+    probabilities = torch.randn(6, 4, generator=generator).softmax(1)
+    products = outer_product(features, probabilities)
+    for n in range(6):
+        for c in range(4):
+            for f in range(3):
+                expected = probabilities[n, c] * features[n, f]
+                assert products[n, c * 3 + f] == expected
+    literal = []
+    for n in range(6):
+        entropy = -sum(p * math.log(p) for p in probabilities[n].tolist())
+        literal.append(1 + math.exp(-entropy))
+    weights = entropy_weights(probabilities).tolist()
+    for half in (slice(0, 3), slice(3, 6)):
+        scale = sum(literal[half]) / 3
+        assert weights[half] == pytest.approx([one / scale for one in literal[half]])
+
+
+def test_entropy_weights_survive_a_certain_prediction_in_backward() -> None:
+    logits = torch.tensor([[500.0, 0.0], [0.0, 0.1]], requires_grad=True)
+    total = entropy_weights(logits.softmax(1)).square().sum()
+    (gradient,) = torch.autograd.grad(total, logits)
+    assert gradient.isfinite().all()
+
+
+def test_the_domain_loss_is_the_literal_cross_entropy() -> None:
+    logits = torch.tensor([[0.3], [-1.0], [2.0], [0.0]])
+    weights = torch.tensor([1.5, 0.5, 0.25, 1.75])
+    p = logits.flatten().sigmoid()
+    literal = torch.stack(
+        [-p[0].log(), -p[1].log(), -(1 - p[2]).log(), -(1 - p[3]).log()]
+    )
+    torch.testing.assert_close(domain_loss(logits), literal.mean())
+    torch.testing.assert_close(domain_loss(logits, weights), (weights * literal).mean())
+
+
+@pytest.mark.parametrize("losses_of", [dann_losses, cdan_losses])
+def test_discriminator_and_generator_pull_the_alignment_loss_opposite_ways(
+    batch: Batch, losses_of: Callable[..., Losses]
+) -> None:
+    method = "DANN" if losses_of is dann_losses else "CDAN+E"
+    networks = build_networks(method, seed=0).eval()  # no dropout: one loss
+    pairs = {c: losses_of(networks, batch, c, 1.0) for c in (1.0, 0.5, 0.0, -1.0)}
+    assert len({pair.alignment.item() for pair in pairs.values()}) == 1
+    # Coefficient -1 undoes the reversal: the plain gradient of the same loss.
+    plain = gradients(pairs[-1.0].alignment, networks.generator)
+    for c in (1.0, 0.5, 0.0):
+        reversed_ = gradients(pairs[c].alignment, networks.generator)
+        for a, b in zip(reversed_, plain, strict=True):
+            torch.testing.assert_close(a, -c * b)
+        for a, b in zip(
+            gradients(pairs[c].alignment, networks.discriminator),
+            gradients(pairs[-1.0].alignment, networks.discriminator),
+            strict=True,
+        ):
+            torch.testing.assert_close(a, b)
+
+
+def test_the_trade_off_is_part_of_the_alignment_loss_alone(batch: Batch) -> None:
+    methods: dict[str, Callable[..., Losses]] = {
+        "DANN": partial(dann_losses, coefficient=1.0),
+        "CDAN+E": partial(cdan_losses, coefficient=1.0),
+        "MCD": mcd_losses,
+    }
+    for method, losses_of in methods.items():
+        networks = build_networks(method, seed=0).eval()
+        one = losses_of(networks, batch, trade_off=1.0)
+        three = losses_of(networks, batch, trade_off=3.0)
+        torch.testing.assert_close(three.alignment, 3 * one.alignment)
+        assert three.classification.equal(one.classification)
+
+
+def test_cdan_detaches_neither_predictions_nor_weights(batch: Batch) -> None:
+    networks = build_networks("CDAN+E", seed=0)
+    losses = cdan_losses(networks, batch, 1.0, 1.0)
+    assert all(g.abs().max() > 0 for g in gradients(losses.alignment, networks.heads))
+
+
+def test_the_discrepancy_is_the_mean_absolute_difference(batch: Batch) -> None:
+    networks = build_networks("MCD", seed=0).eval()
+    features = networks.generator(batch.target)
+    first, second = (head(features).softmax(1) for head in networks.heads)
+    total = sum(
+        abs((first[n, c] - second[n, c]).item()) for n in range(8) for c in range(10)
+    )
+    assert discrepancy(networks, features).item() == pytest.approx(total / 80)
+
+
+def test_step_b_of_mcd_leaves_the_generator_and_its_gradients_alone(
+    batch: Batch,
+) -> None:
+    networks = build_networks("MCD", seed=0)
+    generator, heads = values(networks.generator), values(networks.heads)
+    mcd_heads_step(networks, SGD(networks.heads.parameters(), lr=0.1), batch, 1.0)
+    assert same(generator, networks.generator)
+    assert all(p.grad is None for p in networks.generator.parameters())
+    assert not same(heads, networks.heads)
+
+
+def test_step_b_of_mcd_raises_the_discrepancy_and_step_c_lowers_it(
+    batch: Batch,
+) -> None:
+    networks = build_networks("MCD", seed=0).eval()
+
+    def now() -> float:
+        return discrepancy(networks, networks.generator(batch.target)).item()
+
+    start = now()
+    heads = SGD(networks.heads.parameters(), lr=0.01)
+    mcd_heads_step(networks, heads, batch, trade_off=100.0)
+    raised = now()
+    assert raised > start
+    generator = SGD(networks.generator.parameters(), lr=0.001)
+    update = plain_update(generator, networks.generator.parameters())
+    mcd_generator_step(networks, update, batch, trade_off=100.0, inner_steps=1)
+    assert now() < raised
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_step_c_of_mcd_leaves_the_heads_and_their_gradients_alone(
+    batch: Batch, rule: str
+) -> None:
+    networks = build_networks("MCD", seed=0)
+    generator, heads = values(networks.generator), values(networks.heads)
+    sgd = SGD(networks.generator.parameters(), lr=0.1)
+    record = Record()
+    update = Harmonized(sgd, networks.generator.parameters(), rule=rule, record=record)
+    mcd_generator_step(networks, update, batch, 1.0, inner_steps=2)
+    assert same(heads, networks.heads)
+    assert all(p.grad is None and p.requires_grad for p in networks.heads.parameters())
+    assert not same(generator, networks.generator)
+    assert len(record.gramians) == 2
+
+
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_the_sum_of_the_wrapper_trains_like_the_plain_sum(
+    task: Task, method: str
+) -> None:
+    config = Config(task.name, method, "sum", seed=0, steps=4, batch_size=8)
+    trained = []
+    for make_update in (
+        plain_update,
+        partial(Harmonized, rule="sum", record=Record(), null_every=2),
+    ):
+        networks = build_networks(method, seed=0)
+        step = make_step(config, networks, make_update)
+        for done, batch in enumerate(batches(task, 8, 4, seed=0)):
+            step(batch, done / 4)
+        trained.append(values(networks))
+    for one, two in zip(*trained, strict=True):
+        torch.testing.assert_close(one, two)
+
+
+def test_the_recorded_gramian_is_that_of_the_gradients_over_the_generator(
+    batch: Batch,
+) -> None:
+    networks = build_networks("DANN", seed=0)
+    losses = dann_losses(networks, batch, 1.0, 1.0)
+    rows = [
+        torch.cat([g.flatten() for g in gradients(loss, networks.generator)])
+        for loss in losses
+    ]
+    jacobian = torch.stack(rows).double()
+    record = Record()
+    sgd = SGD(networks.parameters(), lr=0.1)
+    Harmonized(sgd, networks.generator.parameters(), rule="gh", record=record)(losses)
+    torch.testing.assert_close(record.gramians[0], jacobian @ jacobian.T)
+
+
+def test_heads_and_discriminator_get_the_plain_sum_under_every_rule(
+    batch: Batch,
+) -> None:
+    trained: dict[str, Networks] = {}
+    for rule in RULES:
+        networks = build_networks("DANN", seed=0)
+        losses = dann_losses(networks, batch, 1.0, 1.0)
+        # Opposed, so that the rules have something to do.
+        opposed = Losses(
+            losses.alignment - losses.classification, losses.classification
+        )
+        sgd = SGD(networks.parameters(), lr=0.1)
+        shared = networks.generator.parameters()
+        Harmonized(sgd, shared, rule=rule, record=Record())(opposed)
+        trained[rule] = networks
+    for rule in ("gh", "ghpp", "ghpp_printed"):
+        for part in ("heads", "discriminator"):
+            expected = getattr(trained["sum"], part).parameters()
+            for a, b in zip(
+                getattr(trained[rule], part).parameters(), expected, strict=True
+            ):
+                torch.testing.assert_close(a, b)
+        generator = values(trained["sum"].generator)
+        assert not same(generator, trained[rule].generator)
+
+
+def test_unrelated_gradients_keep_their_norms_and_are_obtuse_half_of_the_time(
+    batch: Batch,
+) -> None:
+    networks = build_networks("DANN", seed=0).eval()
+    losses = dann_losses(networks, batch, 1.0, 1.0)
+    shared = list(networks.generator.parameters())
+    generator = torch.Generator().manual_seed(0)
+    rows = unrelated_gramians(losses, shared, generator, draws=2000)
+    first, second = (
+        sum(
+            float(g.double().square().sum())
+            for g in gradients(loss, networks.generator)
+        )
+        for loss in losses
+    )
+    assert len({(row[0], row[2]) for row in rows}) == 1
+    assert rows[0][0] == pytest.approx(first, rel=1e-5)
+    assert rows[0][2] == pytest.approx(second, rel=1e-5)
+    obtuse = sum(row[1] < 0 for row in rows) / len(rows)
+    assert abs(obtuse - 0.5) < 0.05
+    assert all(parameter.grad is None for parameter in shared)
+
+
+def test_harmonized_gramians_are_what_each_rule_promises() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        jacobian = torch.randn(2, 3, generator=generator, dtype=torch.float64)
+        gramian = jacobian @ jacobian.T
+        after = {rule: harmonized_gramian(rule, gramian) for rule in RULES}
+        cosine = _cosine(gramian)
+        assert after["sum"].equal(gramian)
+        if cosine >= 0:
+            assert all(one.equal(gramian) for one in after.values())
+            continue
+        assert _cosine(after["gh"]) > 0
+        assert abs(_cosine(after["ghpp"])) < 1e-12
+        assert _cosine(after["ghpp_printed"]) == pytest.approx(cosine)
+
+
+def _cosine(gramian: Tensor) -> float:
+    return float(gramian[0, 1] / (gramian[0, 0] * gramian[1, 1]).sqrt())
+
+
+def test_networks_of_a_seed_are_the_same_and_of_another_are_not() -> None:
+    for method in METHODS:
+        one = build_networks(method, seed=3)
+        assert same(values(one), build_networks(method, seed=3))
+        assert not same(values(one), build_networks(method, seed=4))
+
+
+def test_all_methods_of_a_seed_start_from_the_same_generator() -> None:
+    first = values(build_networks(METHODS[0], seed=3).generator)
+    assert all(same(first, build_networks(m, seed=3).generator) for m in METHODS)
+
+
+def test_the_small_lenet_has_the_documented_size() -> None:
+    networks = build_networks("MCD", seed=0)
+    assert sum(p.numel() for p in networks.generator.parameters()) == 29760
+    probabilities = networks.eval()(torch.zeros(3, 1, 16, 16))
+    torch.testing.assert_close(probabilities.sum(1), torch.ones(3))
+
+
+def test_the_learning_rate_follows_its_schedule(task: Task, batch: Batch) -> None:
+    config = Config(task.name, "DANN", "sum", seed=0, steps=10)
+    rates = []
+
+    def make_update(sgd: SGD, _shared: Iterable[nn.Parameter]) -> Update:
+        return lambda _losses: rates.append(sgd.param_groups[0]["lr"])
+
+    step = make_step(config, build_networks("DANN", 0), make_update)
+    for progress in (0.0, 0.5):
+        step(batch, progress)
+    assert rates == pytest.approx([0.02, 0.02 * 6**-0.75])

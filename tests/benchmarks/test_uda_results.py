@@ -1,0 +1,296 @@
+"""What comes out: records, statistics, the table, the verdict, the whole command."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.uda.__main__ import main, make_configs
+from benchmarks.uda.data import Task
+from benchmarks.uda.networks import build_networks
+from benchmarks.uda.plots import draw_all
+from benchmarks.uda.results import (
+    Result,
+    Row,
+    cosines,
+    norm_ratios,
+    obtuse_share,
+    paired_difference,
+    read_results,
+    write_results,
+)
+from benchmarks.uda.rules import RULES
+from benchmarks.uda.steps import METHODS, Config
+from benchmarks.uda.table import COLUMNS, format_table, verdict
+from benchmarks.uda.timing import time_ratios
+from benchmarks.uda.train import run, target_error
+
+
+def result(method: str, rule: str, seed: int, accuracy: float) -> Result:
+    before: list[Row] = [(4.0, -1.0, 1.0), (4.0, 1.0, 16.0)]
+    return Result(
+        config={"task": "a-b", "method": method, "rule": rule, "seed": seed},
+        errors=[(0, 90.0), (10, 100 - accuracy)],
+        before=[] if method == "source-only" else before,
+        after=[] if method == "source-only" else before,
+        null=before if rule == "sum" else [],
+    )
+
+
+def results(**accuracies: list[float]) -> list[Result]:
+    """Runs of DANN, by rule; the sum's seeds in reverse: pairs must not go by order."""
+    return [
+        result("DANN", rule, seed, accuracy)
+        for rule, by_seed in accuracies.items()
+        for seed, accuracy in sorted(enumerate(by_seed), reverse=rule == "sum")
+    ]
+
+
+def test_the_difference_is_paired_by_seed() -> None:
+    difference = paired_difference([51.0, 62.0, 70.0], [50.0, 60.0, 67.0])
+    assert difference.mean == pytest.approx(2)
+    assert difference.error == pytest.approx(1 / math.sqrt(3))
+    assert difference.margin == pytest.approx(4.303 / math.sqrt(3))
+    assert difference.is_noise
+
+
+def test_the_margin_narrows_to_two_standard_errors() -> None:
+    for count in (21, 22, 200):
+        rule = [float(seed % 2) for seed in range(count)]
+        difference = paired_difference(rule, [0.0] * count)
+        assert difference.margin == pytest.approx(2 * difference.error, rel=0.05)
+
+
+def test_below_three_seeds_everything_is_noise() -> None:
+    assert paired_difference([60.0], [50.0]).is_noise
+    assert paired_difference([60.0, 60.0], [50.0, 50.0]).is_noise
+    assert not paired_difference([60.0] * 3, [50.0] * 3).is_noise
+    assert not math.isfinite(paired_difference([60.0], [50.0]).error)
+
+
+def test_accuracies_that_do_not_pair_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"zip\(\)"):
+        paired_difference([1.0, 2.0], [1.0, 2.0, 3.0])
+    with pytest.raises(ValueError, match="no accuracies"):
+        paired_difference([], [])
+
+
+def test_the_verdict_says_when_no_rule_helps() -> None:
+    text = verdict(
+        results(sum=[50.0, 51.0, 52.0], gh=[52.0, 50.0, 53.0], ghpp=[50.0, 50.0, 50.0])
+    )
+    assert "2 of 2 differences" in text
+    assert "No rule is shown to help on this data." in text
+    assert "Beyond noise" not in text
+
+
+def test_the_verdict_names_gains_and_losses_beyond_noise() -> None:
+    runs = results(
+        sum=[50.0, 51.0, 52.0], gh=[55.0, 56.1, 56.9], ghpp=[45.0, 46.1, 46.9]
+    )
+    text = verdict(runs)
+    assert "0 of 2 differences" in text
+    assert "DANN gh +5.0, DANN ghpp -5.0" in text
+    assert "2 comparisons chance alone lets 0.1 through" in text
+    assert "No rule" not in text
+
+
+def test_a_loss_beyond_noise_is_no_help() -> None:
+    text = verdict(results(sum=[50.0, 51.0, 52.0], gh=[45.0, 46.1, 46.9]))
+    assert "DANN gh -5.0" in text
+    assert "No rule is shown to help on this data." in text
+
+
+def test_one_seed_shows_nothing() -> None:
+    text = verdict(results(sum=[50.0], gh=[90.0]))
+    assert "No rule is shown to help on this data." in text
+
+
+def test_the_table_has_all_columns_and_the_last_step_not_the_best() -> None:
+    runs = results(sum=[50.0, 52.0, 54.0], gh=[51.0, 54.0, 57.0])
+    runs[0] = Result(**{**vars(runs[0]), "errors": [(0, 90.0), (5, 1.0), (10, 46.0)]})
+    runs.append(result("source-only", "sum", 0, 40.0))
+    lines = format_table(runs, {"DANN": {"gh": 1.5}}).splitlines()
+    assert all(column in lines[0] for column in COLUMNS)
+    assert lines[2].split() == [
+        "DANN",
+        "sum",
+        "52.0",
+        "+-",
+        "2.0",
+        "-",
+        "50",
+        "-0.188",
+        "1.250",
+        "1",
+    ]
+    assert lines[3].split() == (
+        [
+            "DANN",
+            "gh",
+            "54.0",
+            "+-",
+            "3.0",
+            "+2.0",
+            "+-",
+            "0.6",
+            "50",
+            "-0.188",
+            "1.250",
+            "1.50",
+        ]
+    )
+    assert lines[4].split() == ["source-only", "-", "40.0", "-", "-", "-", "-", "-"]
+
+
+def test_cosines_and_ratios_are_those_of_the_gradients() -> None:
+    rows: list[Row] = [(4.0, -1.0, 1.0), (0.0, 0.0, 9.0), (9.0, -1e-12, 1.0)]
+    assert cosines(rows).tolist() == pytest.approx([-0.5, 0, 0])
+    assert norm_ratios(rows).tolist() == [2, 0, 3]
+    assert obtuse_share(rows) == pytest.approx(1 / 3)
+
+
+def test_results_survive_the_file(tmp_path: Path) -> None:
+    runs = results(sum=[50.0, 51.0], gh=[52.0, 53.0])
+    path = tmp_path / "results.jsonl"
+    write_results(path, runs)
+    assert len(path.read_text().splitlines()) == 4
+    again = read_results(path)
+    assert [one.config for one in again] == [one.config for one in runs]
+    assert [one.accuracy for one in again] == [one.accuracy for one in runs]
+    assert cosines(again[0].before).equal(cosines(runs[0].before))
+
+
+def test_plots_are_drawn_from_stored_results_even_of_a_diverged_run(
+    tmp_path: Path,
+) -> None:
+    runs = results(**{rule: [50.0, 51.0] for rule in RULES})
+    runs[0].before.append((math.nan, math.nan, math.nan))
+    write_results(tmp_path / "results.jsonl", runs)
+    paths = draw_all(read_results(tmp_path / "results.jsonl"), tmp_path)
+    for path in paths:
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def config(task: Task, method: str, rule: str) -> Config:
+    return Config(task.name, method, rule, seed=1, steps=6, batch_size=8)
+
+
+def test_rules_of_a_seed_start_alike_and_meet_the_same_first_gradients(
+    task: Task,
+) -> None:
+    for method in METHODS[1:]:
+        runs = [run(config(task, method, rule), task) for rule in RULES]
+        assert len({one.errors[0] for one in runs}) == 1
+        assert len({one.before[0] for one in runs}) == 1
+        assert (
+            len(
+                {
+                    one.accuracy
+                    for one in [runs[0], run(config(task, method, "sum"), task)]
+                }
+            )
+            == 1
+        )
+
+
+def test_stored_gramians_are_what_each_rule_promises(task: Task) -> None:
+    for method in METHODS[1:]:
+        for rule in RULES:
+            one = run(config(task, method, rule), task)
+            before, after = cosines(one.before), cosines(one.after)
+            conflict = before < -1e-9
+            assert len(before) == 6
+            assert torch.allclose(after[~conflict], before[~conflict])
+            if rule == "gh":
+                assert (after >= -1e-9).all()
+            elif rule == "ghpp":
+                assert (after[conflict].abs() < 1e-7).all()
+            else:
+                assert torch.allclose(after, before, atol=1e-6)
+
+
+def test_the_reversal_starts_at_zero_so_the_first_alignment_gradient_is_zero(
+    task: Task,
+) -> None:
+    squared_norms = [row[0] for row in run(config(task, "DANN", "gh"), task).before]
+    assert squared_norms[0] == 0
+    assert all(squared_norm > 0 for squared_norm in squared_norms[1:])
+
+
+def test_evaluation_drops_no_unit_and_leaves_training_as_it_was(task: Task) -> None:
+    networks = build_networks("DANN", seed=0)
+    state = torch.get_rng_state()
+    error = target_error(networks, task.test)
+    assert torch.get_rng_state().equal(state)
+    assert networks.training
+    predicted = networks.eval()(task.test.images).argmax(1)
+    assert error == pytest.approx(
+        100 * (predicted != task.test.labels).sum().item() / 32
+    )
+
+
+def test_only_runs_of_the_sum_look_at_unrelated_gradients(task: Task) -> None:
+    assert run(config(task, "DANN", "sum"), task).null
+    assert not run(config(task, "DANN", "gh"), task).null
+    assert not run(config(task, "source-only", "sum"), task).before
+
+
+def test_the_last_evaluation_is_after_the_last_step(task: Task) -> None:
+    one = run(Config(task.name, "source-only", "sum", 0, steps=7, batch_size=8), task)
+    assert [step for step, _ in one.errors] == [0, 1, 2, 3, 4, 5, 6, 7]
+    many = Config(task.name, "source-only", "sum", 0, steps=25, batch_size=8)
+    assert run(many, task).errors[-1][0] == 25
+
+
+def test_time_ratios_cover_every_rule_but_the_sum(task: Task) -> None:
+    ratios = time_ratios(task, "DANN", rounds=2)
+    assert ratios.keys() == RULES.keys() - {"sum"}
+    assert all(ratio > 0 for ratio in ratios.values())
+
+
+def test_every_method_but_source_only_runs_with_every_rule() -> None:
+    configs = make_configs("t", seeds=2, steps=3)
+    assert len(set(configs)) == len(configs) == 2 * (1 + 3 * 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seeds", "0"], "--seeds: invalid value: 0"),
+        (["--steps", "-1"], "--steps: invalid value: -1"),
+        (["--task", "svhn"], "--task: invalid choice: 'svhn'"),
+        (["--task", "usps-mnist"], "needs --data DIR"),
+        (["--data", "nowhere"], "nowhere/usps.npz is missing"),
+    ],
+)
+def test_the_command_names_what_is_wrong(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_the_command_prints_every_column_and_writes_every_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["--seeds", "1", "--steps", "3", "--out", str(tmp_path / "new")])
+    out = capsys.readouterr().out
+    assert all(column in out for column in COLUMNS)
+    assert all(name in out for name in (*METHODS, *RULES))
+    assert "No rule is shown to help on this data." in out
+    written = {path.name for path in (tmp_path / "new").iterdir()}
+    assert written == {
+        "results.jsonl",
+        "table.txt",
+        "cosines.png",
+        "inner-products.png",
+        "test-error.png",
+    }
+    lines = (tmp_path / "new" / "results.jsonl").read_text().splitlines()
+    configs = [json.loads(line)["config"] for line in lines]
+    assert len(configs) == 13
+    assert all(one["steps"] == 3 and one["trade_off"] == 1 for one in configs)
