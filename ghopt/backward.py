@@ -161,9 +161,10 @@ def _own(gradient: Tensor, addresses: set[int]) -> Tensor:
     """Copy a gradient that shares memory, with a DDP bucket, say, or another task's."""
     if gradient.layout is not torch.strided:
         return gradient
-    if gradient._is_view() or gradient.data_ptr() in addresses:
+    # Of the storage, not of the first element: parts of one tensor may overlap.
+    if gradient._is_view() or gradient.untyped_storage().data_ptr() in addresses:
         gradient = gradient.clone()
-    addresses.add(gradient.data_ptr())
+    addresses.add(gradient.untyped_storage().data_ptr())
     addresses.discard(0)  # the address of empty tensors, and of all on the meta device
     return gradient
 

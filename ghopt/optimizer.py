@@ -17,7 +17,7 @@ form:
 """
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -66,10 +66,23 @@ class Harmonization:
 
 @dataclass
 class _Progress:
-    """All that changes between calls: see the module's docstring."""
+    """All that changes between calls: see the module's docstring.
+
+    Attributes:
+        collected: gradients of the shared parameters that await the last micro-batch,
+            by the name of the task.
+        summed: those of the other parameters, of all tasks.
+        last: what the last harmonization found and did.
+    """
 
     collected: dict[str, Collected] = field(default_factory=dict)
+    summed: Collected = field(default_factory=dict)
     last: Harmonization | None = None
+
+    def forget(self) -> None:
+        """Drop a started accumulation."""
+        self.collected.clear()
+        self.summed.clear()
 
 
 class HarmonizedOptimizer(Optimizer):
@@ -91,7 +104,8 @@ class HarmonizedOptimizer(Optimizer):
             their weights, ``[K]``. ``ghopt.gh``, the default, never opposes a task.
         shared_params: those over which the Gramian is taken and which receive the
             weighted sum; the other parameters of the optimizer receive the plain sum.
-            By default all parameters of the optimizer are shared.
+            By default all parameters of the optimizer are shared. What is remembered is
+            their place in the groups, where a parameter may be replaced by another.
 
     Attributes:
         base_optimizer: as given.
@@ -123,8 +137,7 @@ class HarmonizedOptimizer(Optimizer):
             raise TypeError(f"weighting must be callable, got {weighting!r}")
         self.base_optimizer = base_optimizer
         self.weighting = weighting
-        self._shared = None if shared_params is None else list(shared_params)
-        self._check_shared()
+        self._shared = None if shared_params is None else self._places(shared_params)
         self._set_up()
 
     def backward(
@@ -179,8 +192,12 @@ class HarmonizedOptimizer(Optimizer):
             raise ValueError(f"losses must be those of tasks {before}, got {now}")
         shared, rest = self._parameters()
         # From here on held by this frame alone, so that an exception drops them.
-        collected = [progress.collected.pop(name, {}) for name in named]
+        collected = [progress.collected.get(name, {}) for name in named]
+        summed = dict(progress.summed)
+        progress.forget()
         with set_aside([*shared, *rest]) as grads:
+            for parameter in rest:
+                parameter.grad = summed.pop(parameter, None)
             collect(
                 list(named.values()),
                 shared,
@@ -188,17 +205,19 @@ class HarmonizedOptimizer(Optimizer):
                 retain_graph=retain_graph,
                 backward_fn=backward_fn,
             )
+            sums = [parameter.grad for parameter in rest]
             if accumulate_only:
-                sums: list[Tensor | None] = [None] * len(shared)
+                added: list[Tensor | None] = [None] * len(grads)
             else:
-                sums = self._harmonize(tuple(named), shared, collected)
-            sums += [parameter.grad for parameter in rest]
-            for parameter, grad, added in zip(
-                [*shared, *rest], grads, sums, strict=True
+                added = [*self._harmonize(tuple(named), shared, collected), *sums]
+            for parameter, grad, more in zip(
+                [*shared, *rest], grads, added, strict=True
             ):
-                parameter.grad = _accumulate(grad, added)
+                parameter.grad = _accumulate(grad, more)
         if accumulate_only:
             progress.collected.update(zip(named, collected, strict=True))
+            pairs = zip(rest, sums, strict=True)
+            progress.summed.update({p: grad for p, grad in pairs if grad is not None})
 
     def step(  # type: ignore[override]  # one more way to call it than the base class
         self,
@@ -230,8 +249,14 @@ class HarmonizedOptimizer(Optimizer):
         ):
             for pre_hook in self._optimizer_step_pre_hooks.values():
                 changed = pre_hook(self, args, kwargs)
-                if changed is not None:
-                    args, kwargs = changed
+                if changed is None:
+                    continue
+                if not isinstance(changed, tuple) or len(changed) != 2:
+                    raise RuntimeError(
+                        "a step pre-hook must return None or a tuple of "
+                        f"(new_args, new_kwargs), but got {changed}"
+                    )
+                args, kwargs = changed
             result = self._step(*args[1:], **kwargs)
             for post_hook in self._optimizer_step_post_hooks.values():
                 post_hook(self, args, kwargs)
@@ -243,7 +268,7 @@ class HarmonizedOptimizer(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear ``.grad`` as the base optimizer does, and any started accumulation."""
-        self._progress.collected.clear()
+        self._progress.forget()
         self.base_optimizer.zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -270,7 +295,7 @@ class HarmonizedOptimizer(Optimizer):
             changed = pre_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
         self.base_optimizer.load_state_dict(state_dict)
-        self._progress.collected.clear()
+        self._progress.forget()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -353,7 +378,7 @@ class HarmonizedOptimizer(Optimizer):
             self.zero_grad()
             self.backward(named)
         # What was collected for other weights must not meet what comes next.
-        self._progress.collected.clear()
+        self._progress.forget()
         if closure is None:
             return self.base_optimizer.step()
         return self.base_optimizer.step(lambda: self._evaluate(closure))
@@ -374,32 +399,40 @@ class HarmonizedOptimizer(Optimizer):
         ).sum()
 
     def _parameters(self) -> tuple[list[Tensor], list[Tensor]]:
-        """List the trainable parameters: the shared ones, and the rest."""
-        groups = (group["params"] for group in self.param_groups)
-        # Through a dictionary, since one parameter may stand in a group twice.
-        trainable = dict.fromkeys(
-            p for params in groups for p in params if p.requires_grad
-        )
-        if self._shared is None:
-            return list(trainable), []
-        members = set(self._shared)
-        shared = [parameter for parameter in trainable if parameter in members]
-        return shared, [
-            parameter for parameter in trainable if parameter not in members
-        ]
+        """List the parameters to serve: the shared ones, and the rest."""
+        progress = self._progress
+        # A parameter frozen since the last micro-batch keeps what was collected for it.
+        started = {p for task in progress.collected.values() for p in task}
+        started.update(progress.summed)
+        # Dictionaries, since one parameter may stand in a group twice.
+        shared: dict[Tensor, None] = {}
+        rest: dict[Tensor, None] = {}
+        for place, parameter in self._placed():
+            if parameter.requires_grad or parameter in started:
+                is_shared = self._shared is None or place in self._shared
+                (shared if is_shared else rest)[parameter] = None
+        return list(shared), list(rest)
 
-    def _check_shared(self) -> None:
-        if self._shared is None:
-            return
-        if not self._shared:
+    def _placed(self) -> Iterator[tuple[tuple[int, int], Tensor]]:
+        """Yield the parameters with their places: number of the group, number in it."""
+        for number, group in enumerate(self.param_groups):
+            for index, parameter in enumerate(group["params"]):
+                yield (number, index), parameter
+
+    def _places(self, shared_params: Iterable[Tensor]) -> frozenset[tuple[int, int]]:
+        """Find the places of the shared parameters."""
+        wanted = list(shared_params)
+        if not wanted:
             raise ValueError("shared_params must hold a parameter, got none")
-        known = {p for group in self.param_groups for p in group["params"]}
-        for index, param in enumerate(self._shared):
-            if param not in known:
-                given = f"one of shape {list(param.shape)} at {index} that is not"
+        known = {parameter for _, parameter in self._placed()}
+        for index, parameter in enumerate(wanted):
+            if parameter not in known:
+                given = f"one of shape {list(parameter.shape)} at {index} that is not"
                 raise ValueError(
                     f"shared_params must be in base_optimizer, got {given}"
                 )
+        members = set(wanted)
+        return frozenset(place for place, p in self._placed() if p in members)
 
     def _harmonize(
         self, names: tuple[str, ...], shared: list[Tensor], collected: list[Collected]
