@@ -153,8 +153,12 @@ def _run(loss: Tensor, retain_graph: bool, backward_fn: BackwardFn | None) -> No
         # what the forward pass saved, which a second pass would need.
         if "donated buffers" not in str(error):
             raise
-        cure = "set torch._functorch.config.donated_buffer = False before compiling"
-        raise RuntimeError(f"one pass per task keeps the graph: {cure}") from error
+        raise RuntimeError(
+            "a compiled model gave away buffers that the passes of later tasks need: set "
+            "torch._functorch.config.donated_buffer = False before compiling, and once "
+            "torch._inductor.config.fx_graph_cache = False, since the cache may hold "
+            "graphs compiled without"
+        ) from error
 
 
 def _own(gradient: Tensor, addresses: set[int]) -> Tensor:
