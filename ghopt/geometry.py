@@ -61,9 +61,9 @@ def gh_coefficients(gramian: Tensor) -> Tensor:
     Accuracy: at ``K = 2`` to rounding, relative to the harmonized gradients 1e-12 and
     better at angles 1e-3 rad or more from opposite. For ``K > 2`` the error relative to
     the gradients is about ``eps / s``, with ``s`` the smallest eigenvalue other than
-    zero of the matrix of cosines. Up to 8 tasks all active sets are tried; beyond, 3 K
-    steps of an active set method are taken (as many as SciPy's NNLS allows), which for
-    up to 32 tasks left no error above 1e-9 where ``s >= 1e-6``.
+    zero of the cosines of any of the tasks, at most about 1e-7. Up to 8 tasks all active
+    sets are tried; beyond, 3 K steps of an active set method are taken (as many as
+    SciPy's NNLS), which for up to 32 tasks left no error above 1e-9 at ``s >= 1e-7``.
 
     Args:
         gramian: inner products of the gradients, shape ``[K, K]``.
@@ -261,18 +261,19 @@ def _enumerate(matrix: Tensor) -> Tensor:
     the 2**K sets of tasks gives one candidate, which solves the problem iff it is not
     negative and conflicts with no task. The least violation wins, so that rounding
     cannot leave a task without a winner. Of an ill-conditioned set the inner products
-    inside it, zero in exact arithmetic, count too; of a dependent set anything may come
-    out, NaN included, but some independent set always solves the problem.
+    inside it, zero in exact arithmetic, count too.
     """
+    identity = _identity(matrix)
     tasks = torch.arange(len(matrix), device=matrix.device)
     subsets = torch.arange(2 ** len(matrix), device=matrix.device)
     active = (subsets[:, None] >> tasks & 1).bool()  # [2**K, K], the empty set first
     rows = _solve(matrix, active, -matrix).mT  # [2**K, K, K]
-    products = (rows + _identity(matrix)) @ matrix
+    products = (rows + identity) @ matrix
     conflicts = products.abs().where(active[:, None], -products)
     violation = torch.maximum(conflicts, -rows).amax(2).clamp(min=0)
+    # A task is never in its own set: its projection has a positive product with it.
     # The first of equals wins, so the empty set where nothing conflicts.
-    best = violation.nan_to_num(torch.inf, torch.inf).argmin(0)
+    best = violation.where(~active, torch.inf).argmin(0)
     return rows[best, tasks].clamp(min=0)
 
 
@@ -282,12 +283,11 @@ def _pivot(matrix: Tensor) -> Tensor:
     Each step solves for the multipliers of every row's active set. Where some are not
     positive, the row goes toward the solution until the first reaches zero and releases
     that task; elsewhere it takes the solution and adds the task that it conflicts with
-    most. Such a task is linearly independent of the set, so no system is singular.
-    Coordinate descent (Hildreth) took as long for errors of 1e-4 to 0.5 on gradients
-    near dependent, where this one is exact. "Solving Least Squares Problems", 1974,
-    chapter 23.
+    most. "Solving Least Squares Problems" (1974), chapter 23. Coordinate descent
+    (Hildreth) took as long for errors of 1e-4 to 0.5 on gradients near dependent.
     """
     info = torch.finfo(matrix.dtype)
+    identity = _identity(matrix)
     rows = torch.zeros_like(matrix)
     active = torch.zeros_like(matrix, dtype=torch.bool)
     for _ in range(3 * len(matrix)):
@@ -298,22 +298,34 @@ def _pivot(matrix: Tensor) -> Tensor:
         reach = reach.where(blocked, torch.inf)
         step = reach.amin(1, keepdim=True)
         rows = target.where(free, rows + step * (target - rows))
-        conflicts = -(rows + _identity(matrix)) @ matrix
-        conflict, task = conflicts.masked_fill(active, -torch.inf).max(1, keepdim=True)
-        entering = conflict > 4 * len(matrix) * info.eps
-        entered = active.scatter(1, task, entering | active.gather(1, task))
+        conflicts = -(rows + identity) @ matrix
+        conflicts = conflicts.masked_fill(active | (identity > 0), -torch.inf)
+        conflict, task = conflicts.max(1, keepdim=True)
+        # Less than this is noise, which grows with the multipliers.
+        noise = 4 * info.eps * (1 + rows.sum(1, keepdim=True))
+        entered = active.scatter(1, task, (conflict > noise) | active.gather(1, task))
         active = entered.where(free, active & (reach > step))
         rows = rows.where(active, 0)
     return rows
 
 
 def _solve(matrix: Tensor, active: Tensor, right: Tensor) -> Tensor:
-    """Solve ``[B, K, R]`` for the active tasks of each row of ``[B, K]``, 0 elsewhere."""
+    """Solve ``[B, K, R]`` for the active tasks of each row of ``[B, K]``, 0 elsewhere.
+
+    A ridge of the size of the rounding keeps the solution of a dependent set finite,
+    and small: one of 1e17 would hide any conflict behind its rounding. One step of
+    refinement takes its effect on the other sets away.
+    """
     inside = active[:, :, None] & active[:, None]
-    system = matrix.where(inside, _identity(matrix))
-    # solve_ex, unlike solve, does not wait for the device to report singular systems.
-    right = right.where(active[:, :, None], 0)
-    solution: Tensor = torch.linalg.solve_ex(system, right).result
+    ridge = 2 * len(matrix) * torch.finfo(matrix.dtype).eps
+    system = matrix.where(inside, 0)
+    diagonal = torch.where(active, ridge, 1.0).to(matrix)
+    # The _ex functions do not wait for the device to report singular systems.
+    factors, pivots, _ = torch.linalg.lu_factor_ex(system + torch.diag_embed(diagonal))
+    right = right.where(active[:, :, None], 0).expand(len(active), -1, -1)
+    solution: Tensor = torch.linalg.lu_solve(factors, pivots, right)
+    residual = right - system @ solution
+    solution += torch.linalg.lu_solve(factors, pivots, residual)
     return solution
 
 
@@ -377,22 +389,28 @@ def _frame(matrix: Tensor, scale: Tensor, resolution: float) -> Tensor:
     norms = matrix.diagonal().sqrt()
     identity = _identity(matrix)
     cosines = (matrix / norms / norms[:, None]).where(identity == 0, 1)
-    allowed = cosines.clamp(min=0)
-    lowest = torch.linalg.eigvalsh(allowed)[0].clamp(max=0)
+    values, vectors = torch.linalg.eigh(cosines.clamp(min=0))
+    lowest = values[0].clamp(max=0)
     shrink = lowest / (lowest - 1)  # makes the lowest eigenvalue zero, if negative
-    allowed = allowed + shrink * (identity - allowed)
+    values = (values + shrink * (1 - values)).clamp(min=0)
+    allowed_root = (vectors * values.sqrt()) @ vectors.mT
     values, vectors = torch.linalg.eigh(cosines)
     # sin(theta)**2 / 2 is the lowest eigenvalue of two nearly opposite unit gradients.
     spanned = values > resolution**2 * len(matrix) / 4
-    roots = values.clamp(min=0).sqrt().where(spanned, 0)
-    inverse_roots = values.where(spanned, 1).rsqrt().where(spanned, 0)
-    root = (vectors * roots) @ vectors.mT
-    inverse_root = (vectors * inverse_roots) @ vectors.mT
-    inner_values, inner_vectors = torch.linalg.eigh(root @ allowed @ root)
-    inner_root = (inner_vectors * inner_values.clamp(min=0).sqrt()) @ inner_vectors.mT
-    frame: Tensor = inverse_root @ inner_root @ inverse_root
+    root = (vectors * values.where(spanned, 0).sqrt()) @ vectors.mT
+    inverse_root = (vectors * values.where(spanned, torch.inf).rsqrt()) @ vectors.mT
+    # With the polar factor W of C^1/2 P^1/2 the transport is P^1/2 W^T C^-1/2, and loses
+    # half as many digits to dependent gradients as with the root of C^1/2 P C^1/2.
+    left, stretch, right = torch.linalg.svd(root @ allowed_root)
+    met = stretch > len(matrix) * torch.finfo(matrix.dtype).eps
+    polar = left * met @ right
+    span = (vectors * spanned) @ vectors.mT
+    frame: Tensor = span @ allowed_root @ polar.mT @ inverse_root
     frame = frame * (norms[:, None] / norms) * (scale / scale[:, None])
-    return frame.where((cosines < 0).any(), identity)
+    # Exactly the identity for a task that no other meets, and where no two conflict.
+    meets = (cosines != identity).any(1)
+    moves = (meets & meets[:, None]) & (cosines < 0).any()
+    return frame.where(moves, identity)
 
 
 def _resolution(dtype: torch.dtype) -> float:

@@ -5,7 +5,7 @@ from hypothesis import settings
 
 # torch's first calls are slow, so a deadline would fail on them and on nothing else.
 settings.register_profile("default", deadline=None)
-settings.register_profile("ci", deadline=None, max_examples=1000, derandomize=True)
+settings.register_profile("ci", deadline=None, max_examples=300, derandomize=True)
 settings.load_profile("default")
 
 # The tensors of a test are tiny: threads cost more than they save.
