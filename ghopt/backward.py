@@ -69,7 +69,7 @@ def weigh(weighting: Weighting, gramian: Tensor) -> Tensor:
     Raises:
         TypeError: if ``weighting`` returns no tensor.
         ValueError: if it returns another shape than ``[K]``, complex numbers or
-            integers, or weights that require grad.
+            integers, or weights on another device or that require grad.
     """
     with torch.no_grad():
         weights = weighting(gramian)
@@ -79,6 +79,9 @@ def weigh(weighting: Weighting, gramian: Tensor) -> Tensor:
         expected = f"floating point of shape {list(gramian.shape[:1])}"
         given = f"{weights.dtype} of shape {list(weights.shape)}"
         raise ValueError(f"weighting must return {expected}, got {given}")
+    if weights.device != gramian.device:
+        devices = f"{gramian.device}, got {weights.device}"
+        raise ValueError(f"weighting must return weights on {devices}")
     if weights.requires_grad:
         raise ValueError(
             "weighting must return weights without grad, got requires_grad"
@@ -107,6 +110,7 @@ def set_aside(parameters: Sequence[Tensor]) -> Iterator[list[Tensor | None]]:
 def collect(
     losses: Sequence[Tensor],
     parameters: Sequence[Tensor],
+    summed: Sequence[Tensor],
     collected: Sequence[Collected],
     *,
     retain_graph: bool,
@@ -121,6 +125,7 @@ def collect(
     Args:
         losses: K scalars.
         parameters: those whose gradients are kept apart; their ``.grad`` is None.
+        summed: those that receive the plain sum, and must not share memory either.
         collected: K dictionaries, empty or from earlier micro-batches; added to in
             place. After an exception they are in an undefined state.
         retain_graph: keep the graph after the last pass.
@@ -128,6 +133,7 @@ def collect(
     """
     last = max(task for task, loss in enumerate(losses) if loss.requires_grad)
     addresses: set[int] = set()
+    apart = {parameter for parameter in summed if parameter.grad is not None}
     for task, (loss, gradients) in enumerate(zip(losses, collected, strict=True)):
         if not loss.requires_grad:
             continue
@@ -139,6 +145,10 @@ def collect(
             if parameter.grad is not None:
                 gradients[parameter] = _own(parameter.grad, addresses)
                 parameter.grad = None
+        for parameter in summed:
+            if parameter.grad is not None and parameter not in apart:
+                parameter.grad = _own(parameter.grad, addresses)
+                apart.add(parameter)
 
 
 def _run(loss: Tensor, retain_graph: bool, backward_fn: BackwardFn | None) -> None:
@@ -166,10 +176,9 @@ def _own(gradient: Tensor, addresses: set[int]) -> Tensor:
     if gradient.layout is not torch.strided:
         return gradient
     # Of the storage, not of the first element: parts of one tensor may overlap.
-    if gradient._is_view() or gradient.untyped_storage().data_ptr() in addresses:
+    if gradient._is_view() or gradient.untyped_storage()._cdata in addresses:
         gradient = gradient.clone()
-    addresses.add(gradient.untyped_storage().data_ptr())
-    addresses.discard(0)  # the address of empty tensors, and of all on the meta device
+    addresses.add(gradient.untyped_storage()._cdata)  # a DTensor's has no data_ptr
     return gradient
 
 

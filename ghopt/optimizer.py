@@ -113,7 +113,7 @@ class HarmonizedOptimizer(Optimizer):
 
     Raises:
         TypeError: if ``base_optimizer`` is no optimizer, ``weighting`` not callable or
-            ``shared_params`` a single tensor.
+            ``shared_params`` no iterable of parameters.
         ValueError: if ``shared_params`` is empty or holds one that is not in
             ``base_optimizer``.
     """
@@ -128,11 +128,6 @@ class HarmonizedOptimizer(Optimizer):
         if not isinstance(base_optimizer, Optimizer):
             given = type(base_optimizer)
             raise TypeError(f"base_optimizer must be a torch Optimizer, got {given}")
-        if isinstance(shared_params, Tensor):
-            shape = list(shared_params.shape)
-            raise TypeError(
-                f"shared_params must be an iterable, got one of shape {shape}"
-            )
         if not callable(weighting):
             raise TypeError(f"weighting must be callable, got {weighting!r}")
         self.base_optimizer = base_optimizer
@@ -167,7 +162,9 @@ class HarmonizedOptimizer(Optimizer):
                 ``backward_fn(loss, retain_graph=...)``.
             accumulate_only: keep the gradients of the tasks apart, to be added to those
                 of the next call, and leave ``.grad`` alone. For all micro-batches but
-                the last: harmonizing each by itself is another algorithm.
+                the last: harmonizing each by itself is another algorithm. ``step`` and
+                ``zero_grad`` of this optimizer drop what was kept; those of the model
+                or of the base optimizer cannot.
             sync_group: reserved for distributed training; must be None.
 
         Raises:
@@ -201,6 +198,7 @@ class HarmonizedOptimizer(Optimizer):
             collect(
                 list(named.values()),
                 shared,
+                rest,
                 collected,
                 retain_graph=retain_graph,
                 backward_fn=backward_fn,
@@ -240,6 +238,7 @@ class HarmonizedOptimizer(Optimizer):
             What the base optimizer returns.
 
         Raises:
+            TypeError: if ``closure`` is not callable.
             ValueError: if both ``closure`` and ``losses`` are given.
         """
         args: tuple[Any, ...] = (self,) if closure is None else (self, closure)
@@ -369,6 +368,9 @@ class HarmonizedOptimizer(Optimizer):
         *,
         losses: Losses | None = None,
     ) -> float | None:
+        if closure is not None and not callable(closure):
+            given = f"{type(closure)} (losses are given by keyword)"
+            raise TypeError(f"closure must be callable, got {given}")
         if losses is not None:
             if closure is not None:
                 raise ValueError(
@@ -421,9 +423,18 @@ class HarmonizedOptimizer(Optimizer):
 
     def _places(self, shared_params: Iterable[Tensor]) -> frozenset[tuple[int, int]]:
         """Find the places of the shared parameters."""
+        if isinstance(shared_params, Tensor) or not isinstance(shared_params, Iterable):
+            kind = type(shared_params)
+            raise TypeError(
+                f"shared_params must be an iterable of parameters, got {kind}"
+            )
         wanted = list(shared_params)
         if not wanted:
             raise ValueError("shared_params must hold a parameter, got none")
+        for index, parameter in enumerate(wanted):
+            if not isinstance(parameter, Tensor):
+                entry = f"{type(parameter)} at {index}"
+                raise TypeError(f"shared_params must hold parameters, got {entry}")
         known = {parameter for _, parameter in self._placed()}
         for index, parameter in enumerate(wanted):
             if parameter not in known:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
@@ -45,6 +45,11 @@ REPELLING = torch.tensor([[-1, 0, 2], [1, 1, 0], [0, -1, -1]], dtype=torch.float
 # Without its negative cosines this frame has no place in any space.
 SHRINKING = torch.tensor(
     [[1, 0, 1, -2], [2, -2, 1, -1], [-1, -3, 0, 3], [1, -3, 1, 1]], dtype=torch.float64
+)
+# Task 3 is 2^-7 off the plane of tasks 1 and 2, with which it does not conflict: a root
+# of a product of roots that squares this small number loses it.
+NEARLY_DEPENDENT = torch.tensor(
+    [[3, 0, 0, 0], [2, 3, 0, 0], [3, 2, 2**-7, 0], [-3, 3, 0, 2]], dtype=torch.float64
 )
 
 
@@ -363,6 +368,7 @@ def test_nothing_remains_where_every_direction_opposes_a_task(
 
 
 @given(jacobians(3, 4) | independent(3, 4))
+@example(NEARLY_DEPENDENT)
 def test_ghpp_turns_the_frame_of_unit_gradients(jacobian: Tensor) -> None:
     actual = harmonized(geometry.ghpp_coefficients(gramian(jacobian)), jacobian)
     expected = reference.moved_frame(jacobian)

@@ -1,0 +1,464 @@
+"""Closures: handed to the base, or their losses harmonized."""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import LBFGS, SGD, Optimizer
+from torch.testing import assert_close
+
+from ghopt import HarmonizedOptimizer
+from tests import bases, models
+from tests.bases import BASES, SAM, Base
+from tests.models import Tasks
+from tests.test_optimizer import grads, literal_gradients, literal_update, weights_of
+
+EVALUATING: dict[str, Base] = {
+    "LBFGS": bases.LBFGS,
+    "LBFGS strong_wolfe": partial(LBFGS, line_search_fn="strong_wolfe", max_iter=5),
+    "SAM": bases.sam,
+}
+ALL = {**BASES, **EVALUATING}
+all_bases = pytest.mark.parametrize("base", ALL.values(), ids=[*ALL])
+
+
+class Pair(NamedTuple):
+    """Two losses."""
+
+    align: Tensor
+    classify: Tensor
+
+
+FORMS: dict[str, Callable[[list[Tensor]], Any]] = {
+    "list": list,
+    "tuple": tuple,
+    "named tuple": lambda losses: Pair(*losses),
+    "1-D tensor": torch.stack,
+    "mapping": lambda losses: {"align": losses[0], "classify": losses[1]},
+    "ordered mapping": lambda losses: OrderedDict(zip("ab", losses, strict=True)),
+}
+forms = pytest.mark.parametrize("form", FORMS.values(), ids=[*FORMS])
+
+
+def network(tasks: int = 2) -> Tasks:
+    return models.make(models.heads_on_a_trunk, tasks)
+
+
+def wrap(model: nn.Module) -> HarmonizedOptimizer:
+    return HarmonizedOptimizer(SGD(model.parameters(), lr=0.1))
+
+
+def total(losses: list[Tensor]) -> Tensor:
+    return torch.stack(losses).sum()
+
+
+def plain_closure(
+    model: Tasks, optimizer: Optimizer, data: tuple[Tensor, Tensor]
+) -> Callable[[], Tensor]:
+    """Give the closure of the documentation of torch."""
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = total(model(*data))
+        loss.backward()  # type: ignore[no-untyped-call]  # torch's
+        return loss.detach()  # LBFGS makes it a number: a warning, if it needs grad
+
+    return closure
+
+
+def explicit_closure(
+    model: Tasks, optimizer: HarmonizedOptimizer, data: tuple[Tensor, Tensor]
+) -> Callable[[], Tensor]:
+    """Give a closure that harmonizes by itself."""
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        losses = model(*data)
+        optimizer.backward(losses)
+        return total(losses).detach()
+
+    return closure
+
+
+def needs_gradients(optimizer: HarmonizedOptimizer) -> bool:
+    """Say whether ``step`` expects gradients in ``.grad`` before the closure."""
+    return isinstance(optimizer.base_optimizer, SAM)
+
+
+# Passed through
+
+
+@all_bases
+def test_a_closure_of_one_task_steps_as_the_base_does(base: Base) -> None:
+    expected, actual = network(1), network(1)
+    plain = base(expected.parameters())
+    optimizer = HarmonizedOptimizer(base(actual.parameters()))
+    for seed in range(4):
+        closure = plain_closure(expected, plain, models.batch(1, seed))
+        ours = explicit_closure(actual, optimizer, models.batch(1, seed))
+        if needs_gradients(optimizer):
+            closure()
+            ours()
+        assert_close(optimizer.step(ours), plain.step(closure), rtol=0, atol=0)  # type: ignore[arg-type]  # tensors may stand for numbers
+    assert_close(weights_of(actual), weights_of(expected), rtol=0, atol=0)
+
+
+SCALARS = [torch.tensor(2.0), torch.tensor(2.0, requires_grad=True)]
+VALUES = [0.5, 3, *SCALARS, torch.ones(1, 1), None, "text"]
+
+
+@pytest.mark.parametrize("base", BASES.values(), ids=[*BASES])
+def test_the_value_of_a_closure_comes_back_untouched(base: Base) -> None:
+    optimizer = HarmonizedOptimizer(base(network().parameters()))
+    for value in VALUES:
+        assert optimizer.step(partial(give, value)) is value
+        assert optimizer.step(closure=partial(give, value)) is value
+    assert optimizer.last is None
+
+
+def give(value: Any) -> Any:
+    return value
+
+
+@pytest.mark.parametrize("base", BASES.values(), ids=[*BASES])
+def test_step_without_a_closure_returns_none(base: Base) -> None:
+    optimizer = HarmonizedOptimizer(base(network().parameters()))
+    assert optimizer.step() is None
+    assert optimizer.step(None) is None
+    assert optimizer.step(closure=None) is None
+
+
+@all_bases
+def test_a_closure_is_called_as_often_as_by_the_base(base: Base) -> None:
+    counts = []
+    for wrapped in (False, True):
+        model, calls = network(1), [0]
+        plain = base(model.parameters())
+        optimizer = HarmonizedOptimizer(plain) if wrapped else plain
+        closure = plain_closure(model, optimizer, models.batch(1))
+
+        def counted(
+            closure: Callable[[], Tensor] = closure, calls: list[int] = calls
+        ) -> Tensor:
+            calls[0] += 1
+            return closure()
+
+        closure()
+        for _ in range(3):
+            optimizer.step(counted)  # type: ignore[arg-type]  # a tensor for a number
+        counts.append(calls[0])
+    assert counts[0] == counts[1] >= 3
+
+
+@all_bases
+def test_a_closure_runs_with_grad_inside_no_grad(base: Base) -> None:
+    expected, actual = network(), network()
+    for model, outside in ((expected, torch.enable_grad), (actual, torch.no_grad)):
+        optimizer = HarmonizedOptimizer(base(model.parameters()))
+        closure = explicit_closure(model, optimizer, models.batch(2))
+        closure()
+        with outside():
+            optimizer.step(closure)
+    assert_close(weights_of(actual), weights_of(expected), rtol=0, atol=0)
+
+
+class LeavesGradOff(SGD):
+    """An optimizer whose step is without grad, and so are its closures."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None if closure is None else closure()
+        super().step()
+        return loss
+
+
+@pytest.mark.parametrize("returns", ["losses", "total"])
+def test_a_closure_runs_with_grad_in_a_base_that_does_not_see_to_it(
+    returns: str,
+) -> None:
+    expected, actual = network(), network()
+    wrap(expected).step(losses=expected(*models.batch(2)))
+    optimizer = HarmonizedOptimizer(LeavesGradOff(actual.parameters(), lr=0.1))
+    if returns == "losses":
+        optimizer.step(lambda: actual(*models.batch(2)))
+    else:
+        optimizer.step(explicit_closure(actual, optimizer, models.batch(2)))
+    assert_close(weights_of(actual), weights_of(expected), rtol=0, atol=0)
+
+
+class Failure(Exception):
+    """Raised in a closure."""
+
+
+@all_bases
+def test_an_exception_in_a_closure_comes_out_and_changes_nothing(base: Base) -> None:
+    model = network()
+    optimizer = HarmonizedOptimizer(base(model.parameters()))
+    if not needs_gradients(optimizer):  # SAM, bare or not, stays uphill
+        before = weights_of(model)
+
+    def closure() -> float:
+        raise Failure
+
+    with pytest.raises(Failure):
+        optimizer.step(closure)
+    if not needs_gradients(optimizer):
+        assert_close(weights_of(model), before, rtol=0, atol=0)
+
+
+# A closure that returns the losses
+
+
+@all_bases
+@pytest.mark.parametrize("form", [FORMS["list"], FORMS["mapping"]])
+def test_a_closure_that_returns_the_losses_is_harmonized(
+    base: Base, form: Callable[[list[Tensor]], Any]
+) -> None:
+    expected, actual = network(), network()
+    literal, optimizer = (
+        HarmonizedOptimizer(base(model.parameters())) for model in (expected, actual)
+    )
+    for seed in range(3):
+        data = models.batch(2, seed)
+        explicit = explicit_closure(expected, literal, data)
+        if needs_gradients(optimizer):
+            explicit()
+            explicit_closure(actual, optimizer, data)()
+        value = literal.step(explicit)
+        result: Any = optimizer.step(lambda data=data: form(actual(*data)))  # type: ignore[misc]  # inferred
+        assert isinstance(result, Tensor) or type(result) is type(value)
+        assert float(result) == float(value)  # type: ignore[arg-type]  # a number
+    assert_close(weights_of(actual), weights_of(expected), rtol=0, atol=0)
+    assert optimizer.last is not None
+    assert len(optimizer.last.names) == 2
+
+
+@forms
+def test_the_gradient_of_returned_losses_is_the_update_of_the_paper(
+    form: Callable[[list[Tensor]], Any],
+) -> None:
+    model = network()
+    optimizer = wrap(model)
+    losses = model(*models.batch(2))
+    jacobian = literal_gradients(losses, list(model.parameters()))
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)  # stale: the wrapper clears it
+    optimizer.backward(losses, retain_graph=True, accumulate_only=True)  # likewise
+    optimizer.step(lambda: form(losses))
+    actual = [grad.reshape(-1) for grad in grads(model) if grad is not None]
+    assert_close(torch.cat(actual), literal_update(jacobian))
+    assert jacobian[0] @ jacobian[1] < 0
+
+
+@forms
+def test_the_base_is_given_the_sum_of_the_losses(
+    form: Callable[[list[Tensor]], Any],
+) -> None:
+    model = network()
+    losses = model(*models.batch(2))
+    value: Any = wrap(model).step(lambda: form(losses))
+    assert value.shape == ()
+    assert not value.requires_grad
+    assert_close(value, total(losses).detach(), rtol=1e-15, atol=0)
+
+
+def test_losses_of_one_element_several_dtypes_and_without_grad_add_up() -> None:
+    model = network()
+    a, b = model(*models.batch(2))
+    optimizer = wrap(model)
+    value: Any = optimizer.step(lambda: [a.view(1, 1), b.float(), torch.ones(1)])
+    assert value.shape == ()
+    assert_close(value.double(), (a + b + 1).detach(), rtol=1e-6, atol=0)
+    assert optimizer.last is not None
+    assert len(optimizer.last.names) == 3
+
+
+@pytest.mark.parametrize(
+    ("returned", "error", "message"),
+    [
+        ([], ValueError, "losses must hold at least one loss"),
+        ({}, ValueError, "losses must hold at least one loss"),
+        ([1.0, 2.0], TypeError, "losses.*'0'.* must be a tensor, got .*float"),
+        ((torch.ones(2),), ValueError, r"losses.*'0'.* must be a real scalar"),
+        ([torch.ones(())], ValueError, "losses must require grad"),
+        (torch.ones(2), ValueError, "losses must require grad"),
+    ],
+)
+def test_bad_losses_of_a_closure_are_named_and_change_nothing(
+    returned: Any, error: type[Exception], message: str
+) -> None:
+    model = network()
+    optimizer = wrap(model)
+    optimizer.backward(model(*models.batch(2)))
+    before = (
+        weights_of(model),
+        [grad.clone() for grad in grads(model) if grad is not None],
+    )
+    with pytest.raises(error, match=message):
+        optimizer.step(lambda: returned)
+    assert_close((weights_of(model), grads(model)), before, rtol=0, atol=0)
+
+
+def test_losses_that_were_used_already_are_refused_by_autograd() -> None:
+    model = network()
+    optimizer = wrap(model)
+    losses = model(*models.batch(2))
+
+    def closure() -> Any:
+        optimizer.backward(losses)
+        return losses
+
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        optimizer.step(closure)
+
+
+def test_a_step_hook_sees_the_closure_that_was_given() -> None:
+    model = network()
+    optimizer = wrap(model)
+    seen: list[object] = []
+    optimizer.register_step_pre_hook(lambda _, args, __: seen.extend(args[1:]))
+
+    def closure() -> Any:
+        return model(*models.batch(2))
+
+    optimizer.step(closure)
+    assert seen == [closure]
+
+
+# LBFGS
+
+
+def least_squares(seed: int = 0) -> Callable[[nn.Linear], list[Tensor]]:
+    """Give a linear problem of two tasks that ask for different outputs."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(32, 4, dtype=torch.float64, generator=generator)
+    targets = torch.randn(2, 32, dtype=torch.float64, generator=generator)
+
+    def losses(model: nn.Linear) -> list[Tensor]:
+        outputs = model(inputs)[:, 0]
+        return [(outputs - target).square().mean() for target in targets]
+
+    return losses
+
+
+@pytest.mark.parametrize("line_search_fn", [None, "strong_wolfe"])
+@pytest.mark.parametrize("returns", ["losses", "total"])
+def test_lbfgs_brings_the_sum_as_low_as_plain_lbfgs(
+    line_search_fn: str | None, returns: str
+) -> None:
+    reached = []
+    for wrapped in (False, True):
+        torch.manual_seed(0)
+        model, losses = nn.Linear(4, 1).double(), least_squares()
+        base = LBFGS(
+            model.parameters(), lr=0.5, max_iter=4, line_search_fn=line_search_fn
+        )
+        optimizer = HarmonizedOptimizer(base) if wrapped else base
+        start = total(losses(model)).item()
+
+        def closure(
+            model: nn.Linear = model,
+            losses: Callable[[nn.Linear], list[Tensor]] = losses,
+            optimizer: Optimizer = optimizer,
+        ) -> Any:
+            optimizer.zero_grad()
+            parts = losses(model)
+            if not isinstance(optimizer, HarmonizedOptimizer):
+                total(parts).backward()  # type: ignore[no-untyped-call]  # torch's
+            elif returns == "losses":
+                return parts
+            else:
+                optimizer.backward(parts)
+            return total(parts).detach()
+
+        for _ in range(6):
+            optimizer.step(closure)
+        reached.append(total(losses(model)).item())
+    # Opposite gradients stop it, which is all along the Pareto front and not only at the
+    # minimum of the sum: so nearly as low.
+    assert start - reached[1] > 0.95 * (start - reached[0]) > 0.1
+
+
+# SAM
+
+
+def literal_sam(tasks: int, steps: int) -> dict[str, Tensor]:
+    """Train with SAM around SGD on the update of the paper."""
+    model = network(tasks)
+    parameters = list(model.parameters())
+
+    def update(seed: int) -> Tensor:
+        losses = model(*models.batch(tasks, seed))
+        return literal_update(literal_gradients(losses, parameters))
+
+    def move(by: Tensor) -> None:
+        parts = torch.split(by, [p.numel() for p in parameters])
+        with torch.no_grad():
+            for p, part in zip(parameters, parts, strict=True):
+                p.add_(part.view_as(p))
+
+    momentum = torch.zeros(())
+    for seed in range(steps):
+        gradient = update(seed)
+        uphill = 0.05 * gradient / gradient.norm()
+        move(uphill)
+        momentum = 0.9 * momentum + update(seed)
+        move(-uphill - 0.05 * momentum)
+    return weights_of(model)
+
+
+@pytest.mark.parametrize("tasks", [2, 3])
+@pytest.mark.parametrize("returns", ["losses", "total"])
+def test_sam_in_the_wrapper_takes_both_gradients_harmonized(
+    tasks: int, returns: str
+) -> None:
+    model = network(tasks)
+    optimizer = HarmonizedOptimizer(bases.sam(model.parameters()))
+    for seed in range(5):
+        data = models.batch(tasks, seed)
+        optimizer.zero_grad()
+        optimizer.backward(model(*data))
+        if returns == "losses":
+            optimizer.step(lambda data=data: model(*data))  # type: ignore[misc]  # inferred
+        else:
+            optimizer.step(explicit_closure(model, optimizer, data))
+    assert_close(weights_of(model), literal_sam(tasks, 5), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("tasks", [2, 3])
+def test_sam_around_the_wrapper_takes_two_calls(tasks: int) -> None:
+    model = network(tasks)
+
+    def harmonized(groups: list[dict[str, Any]]) -> HarmonizedOptimizer:
+        return HarmonizedOptimizer(SGD(groups, lr=0.05, momentum=0.9))
+
+    sam = SAM(model.parameters(), harmonized)
+    optimizer = sam.base_optimizer
+    assert isinstance(optimizer, HarmonizedOptimizer)
+    for seed in range(5):
+        data = models.batch(tasks, seed)
+        optimizer.zero_grad()
+        optimizer.backward(model(*data))
+        sam.first_step()
+        optimizer.backward(model(*data))
+        sam.second_step()
+    assert_close(weights_of(model), literal_sam(tasks, 5), rtol=1e-10, atol=1e-10)
+
+
+def test_sam_around_the_wrapper_takes_a_closure_that_harmonizes() -> None:
+    model = network()
+    sam = SAM(
+        model.parameters(),
+        lambda groups: HarmonizedOptimizer(SGD(groups, lr=0.05, momentum=0.9)),
+    )
+    optimizer = sam.base_optimizer
+    assert isinstance(optimizer, HarmonizedOptimizer)
+    for seed in range(5):
+        closure = explicit_closure(model, optimizer, models.batch(2, seed))
+        closure()
+        sam.step(closure)  # type: ignore[arg-type]  # a tensor for a number
+    assert_close(weights_of(model), literal_sam(2, 5), rtol=1e-10, atol=1e-10)
