@@ -165,9 +165,9 @@ def _run(loss: Tensor, retain_graph: bool, backward_fn: BackwardFn | None) -> No
             raise
         raise RuntimeError(
             "a compiled model gave away buffers that the passes of later tasks need: set "
-            "torch._functorch.config.donated_buffer = False before compiling, and once "
-            "torch._inductor.config.fx_graph_cache = False, since the cache may hold "
-            "graphs compiled without"
+            "torch._functorch.config.donated_buffer = False before compiling, and keep "
+            "torch._inductor.config.fx_graph_cache = False or delete that cache once: it "
+            "hands out graphs compiled under either setting"
         ) from error
 
 

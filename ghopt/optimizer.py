@@ -148,7 +148,8 @@ class HarmonizedOptimizer(Optimizer):
 
         In place of ``sum(losses).backward()``, and like it: gradients add to what is in
         ``.grad``, a parameter that no task reaches keeps its ``.grad`` (None, if so),
-        parameters outside this optimizer receive the plain sum, the graph is freed.
+        parameters outside this optimizer receive the plain sum. The last pass frees the
+        graph that it runs through; what only earlier losses use lives as long as they.
 
         An exception leaves the ``.grad`` of this optimizer's parameters as it was and
         drops what was collected. (Parameters outside keep the passes that finished, as

@@ -17,7 +17,7 @@ from benchmarks.uda.rules import RULES
 from benchmarks.uda.steps import METHODS, SOURCE_ONLY, Config
 from benchmarks.uda.table import format_notes, format_table, verdict
 
-DEMO_STEPS = 400
+DEMO_STEPS = 300
 REAL_STEPS = 1000
 
 
