@@ -102,7 +102,8 @@ def ghpp_coefficients(gramian: Tensor, lam: float = 0.5) -> Tensor:
     Not promised: that the *sum* of the harmonized gradients conflicts with no task.
     With two tasks it spares task 0 iff ``tan(b0) <= n0 / n1`` and task 1 iff
     ``tan(b1) <= n1 / n0``, where ``n`` are the norms and ``b`` the angles turned by.
-    :func:`ghpp_balanced` and :func:`gh` do promise it.
+    :func:`ghpp_balanced` and :func:`gh` do promise it. Nor, of dependent gradients among
+    more than two, that norms are kept (one may grow, by sqrt(K) at most) or no two conflict.
 
     Opposite gradients span no plane to turn in. Where the sine of the angle is at most
     1e-6 (7e-4 for a float32 Gramian) the part off their common line is dropped,
