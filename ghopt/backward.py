@@ -13,6 +13,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from ghopt.distributed import Ranks, local, placed_as
 from ghopt.geometry import Weighting
 from ghopt.gradients import gramian
 
@@ -58,6 +59,40 @@ def named_losses(losses: Losses) -> dict[str, Tensor]:
     if not any(loss.requires_grad for loss in named.values()):
         raise ValueError(f"losses must require grad, got none that does in {[*named]}")
     return named
+
+
+def as_in_total(losses: Mapping[str, Tensor], total: Tensor) -> dict[str, Tensor]:
+    """Give each loss the factor with which it enters a total: d total / d loss.
+
+    For frameworks that want one scalar, and scale or divide it before the backward pass.
+
+    Args:
+        losses: scalars. None computed from another, and the total from nothing else
+            that requires grad: what else is in it has no gradient then.
+        total: scalar computed from them.
+
+    Raises:
+        TypeError: if ``total`` is no tensor.
+        ValueError: if it is no scalar that requires grad, a loss does not enter it, or
+            two losses are the same tensor.
+    """
+    if not isinstance(total, Tensor):
+        raise TypeError(f"total must be a tensor, got {type(total)}")
+    if total.numel() != 1 or not total.requires_grad:
+        given = f"shape {list(total.shape)}, requires_grad={total.requires_grad}"
+        raise ValueError(f"total must be a scalar that requires grad, got {given}")
+    live = {name: loss for name, loss in losses.items() if loss.requires_grad}
+    if len({id(loss) for loss in live.values()}) < len(live):
+        raise ValueError(f"losses in a total must be distinct tensors, got {[*live]}")
+    factors = torch.autograd.grad(
+        total, list(live.values()), retain_graph=True, allow_unused=True
+    )
+    scaled = dict(losses)
+    for (name, loss), factor in zip(live.items(), factors, strict=True):
+        if factor is None:
+            raise ValueError(f"total must contain losses[{name!r}], got one without it")
+        scaled[name] = loss * factor
+    return scaled
 
 
 def weigh(weighting: Weighting, gramian: Tensor) -> Tensor:
@@ -115,6 +150,8 @@ def collect(
     *,
     retain_graph: bool,
     backward_fn: BackwardFn | None,
+    ranks: Ranks | None = None,
+    outside: Sequence[Tensor] = (),
 ) -> None:
     """Run one backward pass per loss and add the gradients to those of its task.
 
@@ -130,25 +167,40 @@ def collect(
             place. After an exception they are in an undefined state.
         retain_graph: keep the graph after the last pass.
         backward_fn: runs a pass, ``loss.backward`` if None.
+        ranks: those that average the gradients of each task, while the passes of the
+            next ones run, and at last those of ``summed`` and ``outside``.
+        outside: parameters other than these.
     """
     last = max(task for task, loss in enumerate(losses) if loss.requires_grad)
-    addresses: set[int] = set()
+    places: set[tuple[int, int]] = set()
     apart = {parameter for parameter in summed if parameter.grad is not None}
+    averages = []
     for task, (loss, gradients) in enumerate(zip(losses, collected, strict=True)):
-        if not loss.requires_grad:
-            continue
-        # Where there are earlier gradients autograd adds to them in place.
-        for parameter in parameters:
-            parameter.grad = gradients.pop(parameter, None)
-        _run(loss, retain_graph or task != last, backward_fn)
-        for parameter in parameters:
-            if parameter.grad is not None:
-                gradients[parameter] = _own(parameter.grad, addresses)
-                parameter.grad = None
-        for parameter in summed:
-            if parameter.grad is not None and parameter not in apart:
-                parameter.grad = _own(parameter.grad, addresses)
-                apart.add(parameter)
+        if loss.requires_grad:
+            # Where there are earlier gradients autograd adds to them in place.
+            for parameter in parameters:
+                parameter.grad = gradients.pop(parameter, None)
+            _run(loss, retain_graph or task != last, backward_fn)
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    gradients[parameter] = _own(parameter.grad, parameter, places)
+                    parameter.grad = None
+            for parameter in summed:
+                if parameter.grad is not None and parameter not in apart:
+                    parameter.grad = _own(parameter.grad, parameter, places)
+                    apart.add(parameter)
+        if ranks is not None:
+            averages.append(ranks.average(gradients, parameters))
+    beside = [*summed, *outside]
+    if ranks is None or not beside:
+        sums = {}
+    else:
+        sums = {p: p.grad for p in beside if p.grad is not None}
+        averages.append(ranks.average(sums, beside))
+    for end in averages:
+        end()
+    for parameter, mean in sums.items():
+        parameter.grad = mean
 
 
 def _run(loss: Tensor, retain_graph: bool, backward_fn: BackwardFn | None) -> None:
@@ -171,14 +223,20 @@ def _run(loss: Tensor, retain_graph: bool, backward_fn: BackwardFn | None) -> No
         ) from error
 
 
-def _own(gradient: Tensor, addresses: set[int]) -> Tensor:
+def _own(gradient: Tensor, parameter: Tensor, places: set[tuple[int, int]]) -> Tensor:
     """Copy a gradient that shares memory, with a DDP bucket, say, or another task's."""
+    gradient = placed_as(gradient, parameter)
     if gradient.layout is not torch.strided:
         return gradient
-    # Of the storage, not of the first element: parts of one tensor may overlap.
-    if gradient._is_view() or gradient.untyped_storage()._cdata in addresses:
+    # Of the storage, not of the first element: parts of one tensor may overlap. Shards
+    # do not, and FSDP2 cuts all of a pass from one storage.
+    shard = local(gradient)
+    offset = 0 if shard is gradient else int(shard.storage_offset())
+    place = shard.untyped_storage()._cdata, offset
+    if gradient._is_view() or place in places:
         gradient = gradient.clone()
-    addresses.add(gradient.untyped_storage()._cdata)  # a DTensor's has no data_ptr
+        place = local(gradient).untyped_storage()._cdata, 0
+    places.add(place)
     return gradient
 
 

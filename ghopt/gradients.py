@@ -3,7 +3,8 @@
 The gradients of one task are a list with one entry per parameter, ``None`` where the
 task does not reach the parameter; the lists of all tasks follow the same parameters.
 An entry may have any floating-point or complex dtype (a complex number counts as a pair
-of reals) and any strides, or be sparse. Nothing here knows how gradients are made.
+of reals) and any strides, be sparse, or be a DTensor without partial values. Nothing here
+knows how gradients are made.
 """
 
 import math
@@ -11,10 +12,15 @@ from collections import defaultdict
 from collections.abc import Sequence
 from functools import reduce
 from itertools import combinations_with_replacement
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
+
+from ghopt.distributed import is_dtensor, local, shard_groups, sum_over
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 TaskGradients: TypeAlias = Sequence[Sequence[Tensor | None]]
 """``[K][P]``: one list per task, one entry per parameter."""
@@ -48,6 +54,8 @@ def gramian(gradients: TaskGradients) -> Tensor:
     norms below 1e-10, gradients in conflict and nearly dependent) they are multiplied
     again in float64. Elsewhere to ask for such a case would make the device wait.
 
+    Of DTensors, the ranks sum the ``[K, K]`` products of their shards.
+
     Args:
         gradients: one list per task; a missing entry counts as zero.
 
@@ -60,13 +68,14 @@ def gramian(gradients: TaskGradients) -> Tensor:
     parameters = list(filter(None, _by_parameter(gradients)))
     if not parameters:
         raise ValueError("gradients must have an entry that is not None, got none")
-    device, tasks = _first(parameters[0]).device, len(gradients)
-    segments = _segments(parameters)
-    fast = device.type == "cpu" and any(_is_long(segment) for segment in segments)
-    total = _total(segments, tasks, device, fast=fast)
-    if fast and _in_doubt(total):
-        return _total(segments, tasks, device, fast=False)
-    return total
+    spread: dict[tuple[ProcessGroup, ...], list[_Entries]] = defaultdict(list)
+    for entries in parameters:
+        spread[shard_groups(_first(entries))].append(_local(entries))
+    totals = [
+        sum_over(groups, _products(part, len(gradients), sharded=bool(groups)))
+        for groups, part in spread.items()
+    ]
+    return reduce(lambda total, more: total + more.to(total.device), totals)
 
 
 @torch.no_grad()
@@ -84,11 +93,12 @@ def combine(gradients: TaskGradients, weights: Tensor) -> list[Tensor | None]:
         One entry per parameter; ``None`` where no task has one.
     """
     parameters = _by_parameter(gradients)
+    locals_ = [_local(entries) for entries in parameters]
     # To read weights on the CPU is free, and numbers are faster than tensors there.
     on_cpu = weights.device.type == "cpu"
     factors = weights.tolist() if on_cpu else list(weights.unbind())
     kinds: dict[object, list[_Entries]] = defaultdict(list)
-    for entries in filter(None, parameters):
+    for entries in filter(None, locals_):
         if _is_sparse(entries) or _first(entries).dtype in _HALVES:
             entries[min(entries)] = _add_widened(entries, factors)
         else:
@@ -96,19 +106,26 @@ def combine(gradients: TaskGradients, weights: Tensor) -> list[Tensor | None]:
             kinds[first.dtype, first.device, tuple(entries)].append(entries)
     for kind in kinds.values():
         _add_alike(kind, factors)
-    return [_first(entries) if entries else None for entries in parameters]
+    return [
+        # What was written is the shard of a DTensor.
+        _first(given if is_dtensor(_first(given)) else entries) if given else None
+        for given, entries in zip(parameters, locals_, strict=True)
+    ]
 
 
 def _by_parameter(gradients: TaskGradients) -> list[_Entries]:
     return [
-        # Lazily conjugated or negated tensors do not let themselves be written.
-        {
-            task: g.resolve_conj().resolve_neg()
-            for task, g in enumerate(entries)
-            if g is not None
-        }
+        {task: grad for task, grad in enumerate(entries) if grad is not None}
         for entries in zip(*gradients, strict=True)
     ]
+
+
+def _local(entries: _Entries) -> _Entries:
+    """Take what this rank has, such that it can be written."""
+    # Lazily conjugated or negated tensors do not let themselves be written.
+    return {
+        task: local(grad).resolve_conj().resolve_neg() for task, grad in entries.items()
+    }
 
 
 def _first(entries: _Entries) -> Tensor:
@@ -158,6 +175,17 @@ def _flat(tensors: list[Tensor]) -> list[Tensor]:
         order = sorted(range(first.dim()), key=first.stride, reverse=True)
         tensors = [tensor.permute(order) for tensor in tensors]
     return [tensor.reshape(-1) for tensor in tensors]
+
+
+def _products(parameters: list[_Entries], tasks: int, *, sharded: bool) -> Tensor:
+    """Take the inner products of all parameters that this rank has."""
+    device, segments = _first(parameters[0]).device, _segments(parameters)
+    # Shards may be long on some ranks and short on others, and doubt is for all.
+    fast = device.type == "cpu" and not sharded and any(map(_is_long, segments))
+    total = _total(segments, tasks, device, fast=fast)
+    if fast and _in_doubt(total):
+        return _total(segments, tasks, device, fast=False)
+    return total
 
 
 def _total(

@@ -16,23 +16,36 @@ form:
   it to us to unscale the gradients.
 """
 
+import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ghopt.backward import (
     BackwardFn,
     Collected,
     Losses,
+    as_in_total,
     collect,
     named_losses,
     set_aside,
     weigh,
+)
+from ghopt.distributed import (
+    SyncGroup,
+    beside,
+    ddp_models,
+    process_group,
+    refuse_single_pass,
+    together,
 )
 from ghopt.geometry import Weighting, gh
 from ghopt.gradients import combine, gramian
@@ -73,11 +86,13 @@ class _Progress:
             by the name of the task.
         summed: those of the other parameters, of all tasks.
         last: what the last harmonization found and did.
+        models: the DDP models of the parameters; None before they were looked for.
     """
 
     collected: dict[str, Collected] = field(default_factory=dict)
     summed: Collected = field(default_factory=dict)
     last: Harmonization | None = None
+    models: list[weakref.ref[DistributedDataParallel]] | None = None
 
     def forget(self) -> None:
         """Drop a started accumulation."""
@@ -139,10 +154,11 @@ class HarmonizedOptimizer(Optimizer):
         self,
         losses: Losses,
         *,
+        total: Tensor | None = None,
         retain_graph: bool = False,
         backward_fn: BackwardFn | None = None,
         accumulate_only: bool = False,
-        sync_group: object = None,
+        sync_group: SyncGroup | None = None,
     ) -> None:
         """Run one backward pass per task and add the harmonized gradient to ``.grad``.
 
@@ -158,6 +174,10 @@ class HarmonizedOptimizer(Optimizer):
         Args:
             losses: one real scalar per task: a mapping from names, a list or other
                 iterable, or a 1-D tensor. With weights of your own already in them.
+            total: a scalar made of the losses, by a framework that scales or divides
+                it: each loss counts with the factor with which it enters the total.
+                Nothing else that requires grad may be in it, and no loss be computed
+                from another.
             retain_graph: keep the graph after the last pass.
             backward_fn: runs each pass in place of ``loss.backward``, called as
                 ``backward_fn(loss, retain_graph=...)``.
@@ -166,53 +186,74 @@ class HarmonizedOptimizer(Optimizer):
                 the last: harmonizing each by itself is another algorithm. ``step`` and
                 ``zero_grad`` of this optimizer drop what was kept; those of the model
                 or of the base optimizer cannot.
-            sync_group: reserved for distributed training; must be None.
+            sync_group: average the gradients of each task over these ranks before they
+                are harmonized: a DDP model, with this call *and* the forward pass
+                inside its ``no_sync()``; or a process group, or True for the default
+                one. Nothing is sent where ``accumulate_only``. With a model, its
+                parameters outside this optimizer are averaged, too. DTensors (FSDP2,
+                tensor parallelism) need none.
 
         Raises:
-            TypeError: if ``losses`` is not iterable, a loss no tensor, ``backward_fn``
-                not callable, or the weighting returns no tensor.
+            TypeError: if ``losses`` is not iterable, a loss or ``total`` no tensor,
+                ``backward_fn`` not callable, ``sync_group`` nothing of the above, or
+                the weighting returns no tensor.
             ValueError: if there is no loss, one is not a real scalar, none requires
-                grad, the tasks are not those of the micro-batches before, no loss
-                reaches a (shared) parameter of this optimizer, or the weighting returns
-                anything but K weights.
-            NotImplementedError: if ``sync_group`` is not None.
-            RuntimeError: if a pass fails; with its cure, if a compiled model fails for
-                donated buffers.
+                grad, the tasks are not those of the micro-batches before or of the
+                other ranks, ``total`` is not made of the losses, no loss reaches a
+                (shared) parameter of this optimizer, the weighting returns anything but
+                K weights, there is no process group or it is a model that cannot be
+                used.
+            RuntimeError: if a pass fails, with its cure if a compiled model fails for
+                donated buffers; if another rank fails or does not come; if a DDP model
+                of the parameters would average the first pass only.
         """
         if backward_fn is not None and not callable(backward_fn):
             raise TypeError(f"backward_fn must be callable, got {backward_fn!r}")
-        if sync_group is not None:
-            raise NotImplementedError(f"sync_group must be None yet, got {sync_group}")
-        named = named_losses(losses)
-        progress = self._progress
-        if progress.collected and progress.collected.keys() != named.keys():
-            before, now = [*progress.collected], [*named]
-            raise ValueError(f"losses must be those of tasks {before}, got {now}")
+        group = process_group(sync_group) if sync_group else None
         shared, rest = self._parameters()
-        # From here on held by this frame alone, so that an exception drops them.
-        collected = [progress.collected.get(name, {}) for name in named]
-        summed = dict(progress.summed)
-        progress.forget()
-        with set_aside([*shared, *rest]) as grads:
-            for parameter in rest:
-                parameter.grad = summed.pop(parameter, None)
-            collect(
-                list(named.values()),
-                shared,
-                rest,
-                collected,
-                retain_graph=retain_graph,
-                backward_fn=backward_fn,
-            )
-            sums = [parameter.grad for parameter in rest]
-            if accumulate_only:
-                added: list[Tensor | None] = [None] * len(grads)
-            else:
-                added = [*self._harmonize(tuple(named), shared, collected), *sums]
-            for parameter, grad, more in zip(
-                [*shared, *rest], grads, added, strict=True
-            ):
-                parameter.grad = _accumulate(grad, more)
+        outside = beside(sync_group, [*shared, *rest])
+        with (
+            nullcontext() if accumulate_only or not group else together(group) as ranks
+        ):
+            named = named_losses(losses)
+            if total is not None:
+                named = as_in_total(named, total)
+            passes = sum(loss.requires_grad for loss in named.values())
+            if passes > 1 or group:
+                self._refuse_single_pass([*shared, *rest])
+            progress = self._progress
+            if progress.collected and progress.collected.keys() != named.keys():
+                before, now = [*progress.collected], [*named]
+                raise ValueError(f"losses must be those of tasks {before}, got {now}")
+            if ranks is not None:
+                sums_of = [[*rest, *outside]] if rest or outside else []
+                ranks.agree([*named], [shared] * len(named) + sums_of)
+            # From here on held by this frame alone, so that an exception drops them.
+            collected = [progress.collected.get(name, {}) for name in named]
+            summed = dict(progress.summed)
+            progress.forget()
+            with set_aside([*shared, *rest]) as grads:
+                for parameter in rest:
+                    parameter.grad = summed.pop(parameter, None)
+                collect(
+                    list(named.values()),
+                    shared,
+                    rest,
+                    collected,
+                    retain_graph=retain_graph,
+                    backward_fn=backward_fn,
+                    ranks=ranks,
+                    outside=outside,
+                )
+                sums = [parameter.grad for parameter in rest]
+                if accumulate_only:
+                    added: list[Tensor | None] = [None] * len(grads)
+                else:
+                    added = [*self._harmonize(tuple(named), shared, collected), *sums]
+                for parameter, grad, more in zip(
+                    [*shared, *rest], grads, added, strict=True
+                ):
+                    parameter.grad = _accumulate(grad, more)
         if accumulate_only:
             progress.collected.update(zip(named, collected, strict=True))
             pairs = zip(rest, sums, strict=True)
@@ -415,6 +456,14 @@ class HarmonizedOptimizer(Optimizer):
                 is_shared = self._shared is None or place in self._shared
                 (shared if is_shared else rest)[parameter] = None
         return list(shared), list(rest)
+
+    def _refuse_single_pass(self, parameters: list[Tensor]) -> None:
+        """See that no DDP model will average the first pass and miss the others."""
+        if dist.is_available() and dist.is_initialized():
+            progress = self._progress
+            if progress.models is None:
+                progress.models = ddp_models(parameters)
+            refuse_single_pass(progress.models)
 
     def _placed(self) -> Iterator[tuple[tuple[int, int], Tensor]]:
         """Yield the parameters with their places: number of the group, number in it."""

@@ -688,12 +688,6 @@ def test_a_closure_and_losses_together_are_an_error() -> None:
         optimizer.step(lambda: 0.0, losses=losses)
 
 
-def test_sync_group_waits_for_distributed_training() -> None:
-    _, optimizer, losses = step_input()
-    with pytest.raises(NotImplementedError, match="sync_group must be None"):
-        optimizer.backward(losses, sync_group=True)
-
-
 def test_bad_arguments_of_the_constructor_are_named() -> None:
     model, optimizer, _ = step_input()
     with pytest.raises(TypeError, match=r"base_optimizer must be .* got .*Linear"):

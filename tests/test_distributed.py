@@ -1,0 +1,619 @@
+"""Replicated models: the gradients of each task are averaged over the ranks first."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD, AdamW
+from torch.testing import assert_close
+
+from ghopt import HarmonizedOptimizer
+from ghopt.distributed import Ranks
+from tests import models
+from tests.models import Tasks
+from tests.ranks import RankError, run_on_ranks
+from tests.test_optimizer import literal_step, weights_of
+
+STEPS = 20
+
+
+def share(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Cut this rank's part out of a batch."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    return inputs.chunk(size)[rank], targets.chunk(size, dim=1)[rank]
+
+
+def one_process(network: Callable[[int], Tasks], tasks: int) -> dict[str, Tensor]:
+    """Train on the whole batch, on the update of the paper."""
+    model = models.make(network, tasks)
+    parameters = list(model.parameters())
+    base = AdamW(parameters, lr=0.01)
+    conflicts = 0
+    for step in range(STEPS):
+        losses = model(*models.batch(tasks, step))
+        conflicts += literal_step(losses, parameters, base)
+    assert conflicts > STEPS / 2
+    return weights_of(model)
+
+
+def train_replicas(
+    network: Callable[[int], Tasks], tasks: int, how: str, options: dict[str, Any]
+) -> dict[str, Tensor]:
+    """Train with DDP, each rank on its share of the batch."""
+    model = models.make(network, tasks)
+    ddp = DistributedDataParallel(model, **options)
+    group = {"model": ddp, "group": dist.group.WORLD, "default": True}[how]
+    optimizer = HarmonizedOptimizer(AdamW(model.parameters(), lr=0.01))
+    for step in range(STEPS):
+        inputs, targets = share(*models.batch(tasks, step))
+        with ddp.no_sync():
+            losses = ddp(inputs, targets)
+            optimizer.zero_grad()
+            optimizer.backward(losses, sync_group=group)
+        optimizer.step()
+    return weights_of(model)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(
+    ("network", "tasks", "how", "options"),
+    [
+        (models.heads_on_a_trunk, 2, "model", {}),
+        (models.heads_on_a_trunk, 3, "group", {"find_unused_parameters": True}),
+        (models.one_head_for_all, 3, "default", {"gradient_as_bucket_view": True}),
+        (models.tied_weights, 2, "model", {"gradient_as_bucket_view": True}),
+        (models.frozen_and_unused, 2, "default", {}),
+        (models.embedding, 2, "model", {"broadcast_buffers": False}),
+    ],
+)
+def test_replicas_equal_one_process_on_the_whole_batch(
+    size: int,
+    network: Callable[[int], Tasks],
+    tasks: int,
+    how: str,
+    options: dict[str, Any],
+) -> None:
+    expected = one_process(network, tasks)
+    for weights in run_on_ranks(size, train_replicas, network, tasks, how, options):
+        assert_close(weights, expected, rtol=1e-12, atol=1e-12)
+
+
+def ddp_step(
+    **options: Any,
+) -> tuple[DistributedDataParallel, HarmonizedOptimizer, Tasks]:
+    """Give what a test of one step needs."""
+    model = models.make(models.heads_on_a_trunk, 2)
+    ddp = DistributedDataParallel(model, **options)
+    return ddp, HarmonizedOptimizer(SGD(model.parameters(), lr=0.1)), model
+
+
+def grads_of(model: nn.Module) -> list[Tensor | None]:
+    return [parameter.grad for parameter in model.parameters()]
+
+
+# Micro-batches, mixed precision, parts of the model
+
+
+def train_with_micro_batches() -> dict[str, Tensor]:
+    model = models.make(models.heads_on_a_trunk, 2)
+    ddp = DistributedDataParallel(model)
+    optimizer = HarmonizedOptimizer(AdamW(model.parameters(), lr=0.01))
+    for step in range(STEPS):
+        inputs, targets = share(*models.batch(2, step))
+        optimizer.zero_grad()
+        with ddp.no_sync():
+            for micro in range(4):
+                losses = ddp(inputs[micro::4], targets[:, micro::4])
+                optimizer.backward(
+                    [loss / 4 for loss in losses],
+                    accumulate_only=micro < 3,
+                    sync_group=ddp,
+                )
+        optimizer.step()
+    return weights_of(model)
+
+
+def test_micro_batches_on_replicas_equal_one_process_on_the_whole_batch() -> None:
+    expected = one_process(models.heads_on_a_trunk, 2)
+    for weights in run_on_ranks(2, train_with_micro_batches):
+        assert_close(weights, expected, rtol=1e-12, atol=1e-12)
+
+
+def train_with_loss_scaling() -> tuple[dict[str, Tensor], float]:
+    model = models.make(models.heads_on_a_trunk, 2)
+    ddp = DistributedDataParallel(model)
+    optimizer = HarmonizedOptimizer(AdamW(model.parameters(), lr=0.01))
+    scaler = GradScaler("cpu", init_scale=2.0**10, growth_interval=10**6)
+    for step in range(STEPS + 1):
+        inputs, targets = share(*models.batch(2, step % STEPS if step else 0))
+        with ddp.no_sync():
+            losses = ddp(inputs, targets)
+            if step == STEPS and dist.get_rank() == 1:
+                losses[0] = losses[0] * torch.inf  # an overflow on one rank only
+            optimizer.zero_grad()
+            optimizer.backward(scaler.scale(losses), sync_group=ddp)
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 1e6)
+        scaler.step(optimizer)
+        scaler.update()
+    return weights_of(model), scaler.get_scale()
+
+
+def test_loss_scaling_works_and_an_overflow_on_one_rank_skips_the_step_on_all() -> None:
+    expected = one_process(models.heads_on_a_trunk, 2)
+    for weights, scale in run_on_ranks(2, train_with_loss_scaling):
+        assert_close(weights, expected, rtol=1e-12, atol=1e-12)
+        assert scale == 2.0**9
+
+
+def two_optimizers_step(shared_only: bool) -> list[Tensor | None]:
+    model = models.make(models.heads_on_a_trunk, 2)
+    ddp = DistributedDataParallel(model)
+    trunk = list(model.trunk.parameters())
+    if shared_only:
+        base = SGD(model.parameters())
+        optimizer = HarmonizedOptimizer(base, shared_params=trunk)
+    else:  # the heads belong to another optimizer
+        optimizer = HarmonizedOptimizer(SGD(trunk))
+    with ddp.no_sync():
+        losses = ddp(*share(*models.batch(2)))
+        optimizer.backward(losses, sync_group=ddp)
+    return grads_of(model)
+
+
+@pytest.mark.parametrize("shared_only", [False, True])
+def test_parameters_that_get_the_plain_sum_are_averaged_too(shared_only: bool) -> None:
+    model = models.make(models.heads_on_a_trunk, 2)
+    optimizer = HarmonizedOptimizer(SGD(model.trunk.parameters()))
+    optimizer.backward(model(*models.batch(2)))
+    for grads in run_on_ranks(2, two_optimizers_step, shared_only):
+        assert_close(grads, grads_of(model), rtol=1e-12, atol=1e-12)
+
+
+def partly_used_step() -> list[Tensor | None]:
+    """Task 1 uses ``unused`` on rank 1 only; on rank 0 task 1 is no tensor with grad."""
+    model = models.make(models.frozen_and_unused, 2)
+    optimizer = HarmonizedOptimizer(SGD(model.parameters()))
+    first, second = model(*models.batch(2))
+    if dist.get_rank() == 1:
+        second = second + model.get_parameter("unused").sum()
+    else:
+        second = torch.tensor(1.0)
+    optimizer.backward([first, second], sync_group=True)
+    return grads_of(model)
+
+
+def test_a_parameter_used_on_one_rank_only_counts_as_zero_on_the_others() -> None:
+    model = models.make(models.frozen_and_unused, 2)
+    optimizer = HarmonizedOptimizer(SGD(model.parameters()))
+    first, second = model(*models.batch(2))
+    second = (second + model.get_parameter("unused").sum()) / 2
+    optimizer.backward([first, second])
+    for grads in run_on_ranks(2, partly_used_step):
+        assert_close(grads, grads_of(model), rtol=1e-12, atol=1e-12)
+
+
+def unreached_step() -> list[Tensor | None]:
+    ddp, optimizer, model = ddp_step(find_unused_parameters=True)
+    with ddp.no_sync():
+        optimizer.backward(ddp(*share(*models.batch(2)))[:1], sync_group=ddp)
+    return grads_of(model)
+
+
+def test_a_parameter_that_no_rank_reaches_keeps_grad_none() -> None:
+    for grads in run_on_ranks(2, unreached_step):
+        assert [grad is None for grad in grads] == [False] * 4 + [True] * 2
+
+
+# What a mean is
+
+
+def means(which: str) -> list[tuple[Tensor | None, Tensor | None]]:
+    """Average gradients of many kinds; pair the means with what was to be expected."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    generator = torch.Generator().manual_seed(1)
+
+    def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        return [
+            torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+            for _ in range(size)
+        ]
+
+    def only(of: int, grads: list[Tensor]) -> list[Tensor | None]:
+        return [grad if rank == of else None for rank, grad in enumerate(grads)]
+
+    def sparse(grads: list[Tensor]) -> list[Tensor]:
+        return [(grad * (grad > 0)).to_sparse() for grad in grads]
+
+    cases: dict[str, list[list[Any]]] = {
+        "small, packed": [drawn(3), drawn(2, 2), drawn(5, dtype=torch.float64)],
+        "none": [[None] * size, drawn(2)],
+        "on one rank": [only(0, drawn(4)), only(1, drawn(2, 3)), drawn(2)],
+        "empty and 0-dim": [drawn(0), drawn(), drawn(3, 0)],
+        "halves": [drawn(9, dtype=torch.float16), drawn(9, dtype=torch.bfloat16)],
+        "complex": [drawn(4, dtype=torch.complex64), only(1, drawn(2, 2))],
+        "long": [drawn(2**20), only(1, drawn(2**20 + 1)), drawn(3)],
+        "long, not contiguous": [[grad.T for grad in drawn(1024, 1025)]],
+        "channels last": [
+            [g.to(memory_format=torch.channels_last) for g in drawn(2, 3, 4, 4)]
+        ],
+        "many messages": [drawn(2**20 - 1) for _ in range(7)],
+        "sparse": [sparse(drawn(6, 2)), only(1, sparse(drawn(6, 2)))],
+        "sparse and dense": [[sparse(drawn(6, 2))[0], *drawn(6, 2)[1:]]],
+    }
+    given = cases[which]
+    parameters = [
+        torch.zeros_like(next(g for g in ranks if g is not None)).to_dense()
+        if any(g is not None for g in ranks)
+        else torch.zeros(2)
+        for ranks in given
+    ]
+    mine = {
+        parameter: ranks[rank].clone()
+        for parameter, ranks in zip(parameters, given, strict=True)
+        if ranks[rank] is not None
+    }
+    speaker = Ranks(dist.group.WORLD)  # type: ignore[arg-type]  # is initialised
+    speaker.agree(["a"], [parameters])
+    speaker.average(mine, parameters)()
+    expected = [
+        None
+        if all(grad is None for grad in ranks)
+        else sum(grad.to_dense() / size for grad in ranks if grad is not None)
+        for ranks in given
+    ]
+    got = [mine.get(parameter) for parameter in parameters]
+    for mean in got:
+        assert mean is None or mean.is_sparse == (which == "sparse")
+    return [
+        (None if mean is None else mean.to_dense(), wanted)
+        for mean, wanted in zip(got, expected, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    "which",
+    [
+        "small, packed",
+        "none",
+        "on one rank",
+        "empty and 0-dim",
+        "halves",
+        "complex",
+        "long",
+        "long, not contiguous",
+        "channels last",
+        "many messages",
+        "sparse",
+        "sparse and dense",
+    ],
+)
+def test_the_mean_over_the_ranks_is_the_mean(which: str) -> None:
+    for pairs in run_on_ranks(2, means, which):
+        for mean, expected in pairs:
+            assert_close(mean, expected)
+
+
+# What would go wrong is refused
+
+
+def misused(how: str) -> tuple[str, bool]:
+    """Step against the rules; give the error, and whether grads are as before."""
+    ddp, optimizer, model = ddp_step()
+    before = [torch.ones_like(parameter) for parameter in model.parameters()]
+    for parameter, grad in zip(model.parameters(), before, strict=True):
+        parameter.grad = grad.clone()
+    group: Any = {"with the model": ddp, "with a group": True}.get(how)
+    try:
+        if how == "passes alone":  # the forward pass before them is armed
+            losses = ddp(*share(*models.batch(2)))
+            with ddp.no_sync():
+                optimizer.backward(losses, sync_group=ddp)
+        else:
+            optimizer.backward(ddp(*share(*models.batch(2))), sync_group=group)
+    except RuntimeError as error:
+        grads = grads_of(model)
+        same = all(map(torch.equal, grads, before))  # type: ignore[arg-type]  # not None
+        return str(error), same
+    return "", False
+
+
+@pytest.mark.parametrize(
+    "how", ["without a group", "with the model", "with a group", "passes alone"]
+)
+def test_several_passes_through_an_armed_ddp_model_are_refused(how: str) -> None:
+    for error, same in [
+        *run_on_ranks(2, misused, how),
+        *run_on_ranks(1, misused, how),  # what works on one rank must work on more
+    ]:
+        assert "averages the first one only: run the forward pass and" in error
+        assert same
+
+
+def one_loss_step() -> list[Tensor | None]:
+    ddp, optimizer, model = ddp_step()
+    optimizer.backward([sum(ddp(*share(*models.batch(2))))])
+    return grads_of(model)
+
+
+def test_a_single_loss_may_leave_the_averaging_to_ddp() -> None:
+    model = models.make(models.heads_on_a_trunk, 2)
+    sum(model(*models.batch(2))).backward()
+    for grads in run_on_ranks(2, one_loss_step):
+        assert_close(grads, grads_of(model), rtol=1e-12, atol=1e-12)
+
+
+def rearmed_step() -> list[Tensor | None]:
+    """Let DDP average each pass by itself, as Lightning does in its manual_backward."""
+    ddp, optimizer, model = ddp_step(find_unused_parameters=True)
+    with ddp.no_sync():
+        losses = ddp(*share(*models.batch(2)))
+
+    def rearm(loss: Tensor, retain_graph: bool) -> None:
+        ddp.reducer._rebuild_buckets()
+        ddp.reducer.prepare_for_backward([loss])
+        loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]  # torch's
+
+    optimizer.backward(losses, backward_fn=rearm)
+    return grads_of(model)
+
+
+def test_a_backward_fn_that_lets_ddp_average_every_pass_is_not_refused() -> None:
+    model = models.make(models.heads_on_a_trunk, 2)
+    HarmonizedOptimizer(SGD(model.parameters())).backward(model(*models.batch(2)))
+    for grads in run_on_ranks(2, rearmed_step):
+        assert_close(grads, grads_of(model), rtol=1e-12, atol=1e-12)
+
+
+def bad_group(which: str) -> str:
+    ddp, optimizer, _ = ddp_step(static_graph=which == "static graph")
+    pair = dist.new_group([0])
+    group: Any = {"static graph": ddp, "not a member": pair, "a rank": 1.5}[which]
+    if which == "not a member" and dist.get_rank() == 0:
+        return "sync_group must"
+    try:
+        with ddp.no_sync():
+            losses = ddp.module(*models.batch(2))
+            optimizer.backward(losses, sync_group=group, accumulate_only=True)
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("which", ["static graph", "not a member", "a rank"])
+def test_a_group_that_cannot_be_used_is_refused(which: str) -> None:
+    for error in run_on_ranks(2, bad_group, which):
+        assert error.startswith("sync_group must")
+
+
+def test_a_group_without_distributed_training_is_refused() -> None:
+    model = models.make(models.heads_on_a_trunk, 2)
+    optimizer = HarmonizedOptimizer(SGD(model.parameters()))
+    losses = model(*models.batch(2))
+    with pytest.raises(ValueError, match=r"needs init_process_group\(\), got True"):
+        optimizer.backward(losses, sync_group=True)
+    optimizer.backward(losses, sync_group=False)
+
+
+# Ranks that disagree, fail or stay away
+
+
+def disagreeing(about: str) -> str:
+    ddp, optimizer, model = ddp_step()
+    odd = dist.get_rank() == 1
+    if about == "parameters" and odd:
+        model.trunk[0].bias.requires_grad_(False)  # type: ignore[index]  # Sequential
+    with ddp.no_sync():
+        losses = ddp(*models.batch(2))
+        given = {
+            "number": losses[:1] if odd else losses,
+            "names": {"a": losses[0], "c" if odd else "b": losses[1]},
+            "parameters": losses,
+            "no losses": [] if odd else losses,
+            "no tensor": [losses[0], 1.0] if odd else losses,
+        }[about]
+        if about == "a pass" and odd:
+            losses[1].register_hook(lambda _: 1 / 0)
+        try:
+            optimizer.backward(given, sync_group=ddp)
+        except (RuntimeError, ValueError, TypeError) as error:
+            assert all(grad is None for grad in grads_of(model))
+            return str(error)
+    return ""
+
+
+def test_ranks_that_disagree_on_the_tasks_are_told_what_each_of_them_has() -> None:
+    for error in run_on_ranks(2, disagreeing, "number"):
+        assert "same tasks, got ['0', '1'] on rank 0; ['0'] on rank 1" in error
+    for error in run_on_ranks(2, disagreeing, "names"):
+        assert "same tasks, got ['a', 'b'] on rank 0; ['a', 'c'] on rank 1" in error
+
+
+def test_ranks_that_disagree_on_the_parameters_are_named() -> None:
+    for error in run_on_ranks(3, disagreeing, "parameters"):
+        assert error.startswith("parameters must be the same")
+        assert "others on rank(s) [1] than on rank 0" in error
+
+
+@pytest.mark.parametrize(
+    ("about", "told"), [("no losses", "at least one loss"), ("no tensor", "a tensor")]
+)
+def test_bad_losses_on_one_rank_are_an_error_on_all(about: str, told: str) -> None:
+    first, second = run_on_ranks(2, disagreeing, about)
+    assert told in second
+    assert first.startswith("rank(s) [1] failed in backward()")
+
+
+def failing_pass(task: int) -> str:
+    """On rank 1, one task cannot be derived."""
+
+    def fail(_: Tensor) -> Tensor:
+        raise ArithmeticError("on this rank")
+
+    ddp, optimizer, model = ddp_step()
+    with ddp.no_sync():
+        losses = ddp(*models.batch(2))
+        if dist.get_rank() == 1:
+            losses[task].register_hook(fail)
+        try:
+            optimizer.backward(losses, sync_group=ddp)
+        except (RuntimeError, ArithmeticError) as error:
+            assert all(grad is None for grad in grads_of(model))
+            # The group is as good as before.
+            optimizer.backward(ddp(*models.batch(2)), sync_group=ddp)
+            return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("task", [0, 1])
+def test_a_pass_that_fails_on_one_rank_is_an_error_on_all(task: int) -> None:
+    outcomes = run_on_ranks(4, failing_pass, task)
+    assert outcomes[1] == "on this rank"
+    for rank in (0, 2, 3):
+        assert outcomes[rank].startswith("rank(s) [1] failed in backward()")
+
+
+def staying_away(how: str) -> str:
+    ddp, optimizer, _ = ddp_step()
+    with ddp.no_sync():
+        optimizer.backward(ddp(*models.batch(2)), sync_group=ddp)
+        losses = ddp(*models.batch(2))
+        if dist.get_rank() == 2:
+            if how == "killed between":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if how == "killed in a pass":
+                losses[1].register_hook(lambda _: os.kill(os.getpid(), signal.SIGKILL))
+            if how == "raised":
+                raise ArithmeticError("in the loss of a task")
+        try:
+            optimizer.backward(losses, sync_group=ddp)
+        except RuntimeError as error:
+            return str(error)
+    return ""
+
+
+def test_a_rank_that_does_not_come_is_named_when_the_group_s_time_is_up() -> None:
+    outcomes = run_on_ranks(4, staying_away, "raised", timeout=3, may_fail=True)
+    assert "in the loss of a task" in str(outcomes.pop(2))
+    for outcome in outcomes:
+        assert outcome.startswith("rank(s) [2] did not come to backward()")
+        assert "Timed out" in outcome or "Connection closed" in outcome
+
+
+def test_a_rank_that_is_killed_before_the_step_is_named() -> None:
+    outcomes = run_on_ranks(4, staying_away, "killed between", timeout=3, may_fail=True)
+    assert isinstance(outcomes.pop(2), RankError)
+    for outcome in outcomes:
+        assert outcome.startswith("rank(s) [2] did not come to backward()")
+
+
+def test_a_rank_that_is_killed_in_mid_step_leaves_the_others_with_an_error() -> None:
+    outcomes = run_on_ranks(
+        4, staying_away, "killed in a pass", timeout=3, may_fail=True
+    )
+    assert isinstance(outcomes.pop(2), RankError)
+    for outcome in outcomes:
+        assert outcome.startswith("a rank ended or was cut off during backward()")
+
+
+def nan_step() -> tuple[list[Tensor | None], Tensor]:
+    ddp, optimizer, model = ddp_step()
+    with ddp.no_sync():
+        losses = ddp(*share(*models.batch(2)))
+        if dist.get_rank() == 1:
+            losses[0] = losses[0] * torch.nan
+        optimizer.backward(losses, sync_group=ddp)
+    assert optimizer.last is not None
+    return grads_of(model), optimizer.last.weights
+
+
+def test_nan_on_one_rank_is_seen_on_all() -> None:
+    for grads, weights in run_on_ranks(2, nan_step):
+        assert weights.isnan().all()
+        assert all(grad.isnan().all() for grad in grads if grad is not None)
+
+
+# Groups and optimizers of other kinds
+
+
+def half_of_the_ranks_step() -> list[Tensor | None]:
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    model = models.make(models.heads_on_a_trunk, 2)
+    optimizer = HarmonizedOptimizer(SGD(model.parameters()))
+    half, rank = divmod(dist.get_rank(), 2)
+    inputs, targets = models.batch(2, seed=half)
+    losses = model(inputs.chunk(2)[rank], targets.chunk(2, dim=1)[rank])
+    optimizer.backward(losses, sync_group=groups[half])
+    return grads_of(model)
+
+
+def test_a_group_averages_over_its_own_ranks() -> None:
+    outcomes = run_on_ranks(4, half_of_the_ranks_step)
+    for rank, grads in enumerate(outcomes):
+        model = models.make(models.heads_on_a_trunk, 2)
+        optimizer = HarmonizedOptimizer(SGD(model.parameters()))
+        optimizer.backward(model(*models.batch(2, seed=rank // 2)))
+        assert_close(grads, grads_of(model), rtol=1e-12, atol=1e-12)
+
+
+def train_with_zero() -> tuple[dict[str, Tensor], list[int] | None]:
+    # To import it warns of torch's own use of torch.jit.
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    model = models.make(models.heads_on_a_trunk, 2)
+    ddp = DistributedDataParallel(model)
+    base = ZeroRedundancyOptimizer(model.parameters(), AdamW, lr=0.01)
+    optimizer = HarmonizedOptimizer(base)
+    for step in range(STEPS):
+        with ddp.no_sync():
+            losses = ddp(*share(*models.batch(2, step)))
+            optimizer.zero_grad()
+            optimizer.backward(losses, sync_group=ddp)
+        optimizer.step()
+    optimizer.consolidate_state_dict(to=0)
+    states = optimizer.state_dict()["state"] if dist.get_rank() == 0 else None
+    return weights_of(model), states and sorted(states)
+
+
+def test_a_zero_redundancy_base_equals_one_process_and_consolidates_its_state() -> None:
+    expected = one_process(models.heads_on_a_trunk, 2)
+    outcomes = run_on_ranks(2, train_with_zero)
+    for weights, _ in outcomes:
+        assert_close(weights, expected, rtol=1e-12, atol=1e-12)
+    parameters = len(expected)
+    assert [states for _, states in outcomes] == [list(range(parameters)), None]
+
+
+# torchrun
+
+
+def run_job(folder: Path, doomed: int) -> list[dict[str, Tensor]]:
+    """Run ``tests/restarts.py`` on two ranks that torchrun starts, and once again."""
+    folder.mkdir()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node=2", "--max-restarts=1", "--monitor-interval=0.1"]
+    command += ["-m", "tests.restarts", str(folder), str(doomed)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        command, check=True, timeout=100, env=environment, capture_output=True
+    )
+    return [torch.load(folder / f"weights{rank}.pt") for rank in range(2)]
+
+
+def test_a_job_that_torchrun_restarts_ends_bit_identically(tmp_path: Path) -> None:
+    straight = run_job(tmp_path / "straight", doomed=-1)
+    restarted = run_job(tmp_path / "restarted", doomed=7)
+    for folder, start in [("straight", "0\n"), ("restarted", "6\n")]:
+        assert (tmp_path / folder / "starts1").read_text() == start
+    for one, other in zip(straight, restarted, strict=True):
+        assert_close(one, other, rtol=0, atol=0)

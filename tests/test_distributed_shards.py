@@ -1,0 +1,227 @@
+"""Sharded models: gradients stay where they are, and only the Gramian is summed."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleOutput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+from torch.optim import SGD, AdamW
+from torch.testing import assert_close
+
+from ghopt import HarmonizedOptimizer
+from tests import models
+from tests.models import Tasks
+from tests.ranks import run_on_ranks
+from tests.test_distributed import STEPS, one_process, share
+from tests.test_optimizer import literal_update
+
+
+def full(tensor: Tensor | None) -> Tensor | None:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def full_weights(model: nn.Module) -> dict[str, Tensor]:
+    weights = {}
+    for name, weight in model.state_dict().items():
+        whole = full(weight)
+        assert whole is not None
+        weights[name] = whole.clone()
+    return weights
+
+
+def sharded(
+    network: Callable[[int], Tasks],
+    tasks: int,
+    mesh: DeviceMesh | None = None,
+    by_layer: bool = True,
+    **options: Any,
+) -> Tasks:
+    model = models.make(network, tasks)
+    if by_layer:
+        for part in [model.trunk, *dict.fromkeys(model.heads)]:
+            fully_shard(part, mesh=mesh, **options)
+    fully_shard(model, mesh=mesh, **options)
+    return model
+
+
+def keep_gathered(model: FSDPModule, loss: Tensor, retain_graph: bool) -> None:
+    """Gather the parameters once for all passes, as the README has it."""
+    model.set_reshard_after_backward(not retain_graph)
+    loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]  # torch's
+
+
+def train_shards(
+    network: Callable[[int], Tasks], tasks: int, how: str
+) -> dict[str, Tensor]:
+    """Train with FSDP2, each rank on its share of the batch."""
+    mesh = None
+    if how == "replicated shards":
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "shards"))
+    options = {"reshard_after_forward": False} if how == "kept after forward" else {}
+    model = sharded(network, tasks, mesh, how != "root only", **options)
+    assert isinstance(model, FSDPModule)
+    passes = partial(keep_gathered, model) if how == "gathered once" else None
+    optimizer = HarmonizedOptimizer(AdamW(model.parameters(), lr=0.01))
+    micros = 2 if how == "micro-batches" else 1
+    for step in range(STEPS):
+        inputs, targets = share(*models.batch(tasks, step))
+        optimizer.zero_grad()
+        for micro in range(micros):
+            losses = model(inputs[micro::micros], targets[:, micro::micros])
+            optimizer.backward(
+                [loss / micros for loss in losses],
+                backward_fn=passes,
+                accumulate_only=micro < micros - 1,
+            )
+        for parameter in model.parameters():
+            assert parameter.grad is None or isinstance(parameter.grad, DTensor)
+        optimizer.step()
+    return full_weights(model)
+
+
+@pytest.mark.parametrize(
+    ("size", "network", "tasks", "how"),
+    [
+        (2, models.heads_on_a_trunk, 2, "by layer"),
+        (4, models.heads_on_a_trunk, 3, "by layer"),
+        (2, models.one_head_for_all, 2, "root only"),
+        (4, models.tied_weights, 2, "root only"),
+        (2, models.heads_on_a_trunk, 2, "kept after forward"),
+        (4, models.heads_on_a_trunk, 2, "gathered once"),
+        (2, models.heads_on_a_trunk, 3, "micro-batches"),
+        (4, models.heads_on_a_trunk, 2, "replicated shards"),
+    ],
+)
+def test_shards_equal_one_process_on_the_whole_batch(
+    size: int, network: Callable[[int], Tasks], tasks: int, how: str
+) -> None:
+    expected = one_process(network, tasks)
+    for weights in run_on_ranks(size, train_shards, network, tasks, how):
+        assert_close(weights, expected, rtol=1e-12, atol=1e-12)
+
+
+SEED = 3  # of a batch on which the tasks are in conflict
+
+
+def mixed_precision_step() -> tuple[list[Tensor], Tensor]:
+    """Give the update, and the gradients of each task from a pass of its own."""
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16, reduce_dtype=torch.float32
+    )
+    rows = []
+    for task in range(2):
+        model = sharded(models.heads_on_a_trunk, 2, mp_policy=policy)
+        inputs, targets = share(*models.batch(2, seed=SEED))
+        model(inputs, targets.bfloat16())[task].backward()
+        entries = [
+            torch.zeros(p.shape, dtype=p.dtype) if p.grad is None else full(p.grad)
+            for p in model.parameters()
+        ]
+        rows.append(
+            torch.cat([entry.flatten() for entry in entries if entry is not None])
+        )
+    model = sharded(models.heads_on_a_trunk, 2, mp_policy=policy)
+    optimizer = HarmonizedOptimizer(SGD(model.parameters()))
+    optimizer.backward(model(inputs, targets.bfloat16()))
+    grads = [full(parameter.grad) for parameter in model.parameters()]
+    return [grad for grad in grads if grad is not None], torch.stack(rows)
+
+
+def test_a_mixed_precision_policy_harmonizes_what_its_passes_give() -> None:
+    for grads, jacobian in run_on_ranks(2, mixed_precision_step):
+        assert jacobian[0] @ jacobian[1] < 0
+        update = torch.cat([grad.flatten() for grad in grads])
+        assert_close(update, literal_update(jacobian), rtol=1e-10, atol=1e-12)
+
+
+def full_layers(tasks: int) -> Tasks:
+    trunk = nn.Sequential(
+        nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 6), nn.LayerNorm(6), nn.Tanh()
+    )
+    return Tasks(trunk, [nn.Linear(6, 1) for _ in range(tasks)])
+
+
+def train_tensor_parallel(norm: str) -> dict[str, Tensor]:
+    model = models.make(full_layers, 2)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    plan: dict[str, Any] = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    if norm == "parallel norm":  # whose gradients are partial
+        plan["2"] = RowwiseParallel(output_layouts=Shard(0))
+        plan["3"] = SequenceParallel(sequence_dim=0)
+        plan["4"] = PrepareModuleOutput(
+            output_layouts=Shard(0), desired_output_layouts=Replicate()
+        )
+    parallelize_module(model.trunk, mesh, plan)
+    optimizer = HarmonizedOptimizer(AdamW(model.parameters(), lr=0.01))
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        optimizer.backward(model(*models.batch(2, step)))
+        optimizer.step()
+    return full_weights(model)
+
+
+@pytest.mark.parametrize("norm", ["plain norm", "parallel norm"])
+def test_tensor_parallel_layers_equal_one_process(norm: str) -> None:
+    expected = one_process(full_layers, 2)
+    for weights in run_on_ranks(2, train_tensor_parallel, norm):
+        assert_close(weights, expected, rtol=1e-12, atol=1e-12)
+
+
+def train_from(start: int, stop: int, folder: Path | None, saves: bool) -> Any:
+    model = sharded(models.heads_on_a_trunk, 2)
+    optimizer = HarmonizedOptimizer(AdamW(model.parameters(), lr=0.01))
+    if folder is not None and not saves:
+        model_state, optimizer_state = get_state_dict(model, optimizer)
+        load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
+        set_state_dict(
+            model,
+            optimizer,
+            model_state_dict=model_state,
+            optim_state_dict=optimizer_state,
+        )
+    for step in range(start, stop):
+        losses = model(*share(*models.batch(2, step)))
+        optimizer.zero_grad()
+        optimizer.backward(losses)
+        optimizer.step()
+    if folder is not None and saves:
+        model_state, optimizer_state = get_state_dict(model, optimizer)
+        save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
+    return full_weights(model)
+
+
+def test_a_checkpoint_of_two_ranks_goes_on_with_four(tmp_path: Path) -> None:
+    expected = one_process(models.heads_on_a_trunk, 2)
+    run_on_ranks(2, train_from, 0, STEPS // 2, tmp_path / "step", True)
+    for weights in run_on_ranks(
+        4, train_from, STEPS // 2, STEPS, tmp_path / "step", False
+    ):
+        assert_close(weights, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_checkpoint_of_two_ranks_continues_bit_identically(tmp_path: Path) -> None:
+    straight = run_on_ranks(2, train_from, 0, STEPS, None, False)
+    run_on_ranks(2, train_from, 0, STEPS // 2, tmp_path / "step", True)
+    resumed = run_on_ranks(2, train_from, STEPS // 2, STEPS, tmp_path / "step", False)
+    for one, other in zip(straight, resumed, strict=True):
+        assert_close(one, other, rtol=0, atol=0)
