@@ -421,11 +421,14 @@ class HarmonizedOptimizer(Optimizer):
             named = named_losses(losses)  # before zero_grad: an error changes nothing
             self.zero_grad()
             self.backward(named)
-        # What was collected for other weights must not meet what comes next.
-        self._progress.forget()
-        if closure is None:
-            return self.base_optimizer.step()
-        return self.base_optimizer.step(lambda: self._evaluate(closure))
+        try:
+            if closure is None:
+                return self.base_optimizer.step()
+            return self.base_optimizer.step(lambda: self._evaluate(closure))
+        finally:
+            # What was collected for these weights must not meet the next ones. Not
+            # before: the closure may be the last micro-batch, as in Lightning.
+            self._progress.forget()
 
     def _evaluate(self, closure: Closure) -> Any:
         """Call a closure; harmonize the losses if it returns them."""

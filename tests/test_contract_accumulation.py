@@ -135,6 +135,28 @@ def test_last_tells_of_the_whole_batch_and_not_before_its_end() -> None:
     assert_close(optimizer.last.gramian, jacobian @ jacobian.T)
 
 
+def test_the_last_micro_batch_may_run_in_the_closure_of_step() -> None:
+    """As in Lightning, whose closure is that of the last micro-batch."""
+    inputs, targets = models.batch(2)
+    whole, parts = (models.make(models.heads_on_a_trunk, 2) for _ in range(2))
+    optimizer = HarmonizedOptimizer(SGD(whole.parameters(), lr=0.1))
+    optimizer.step(losses=whole(inputs, targets))
+
+    accumulating = HarmonizedOptimizer(SGD(parts.parameters(), lr=0.1))
+    halves = [
+        [loss / 2 for loss in parts(inputs[half::2], targets[:, half::2])]
+        for half in range(2)
+    ]
+    accumulating.backward(halves[0], accumulate_only=True)
+
+    def closure() -> float:
+        accumulating.backward(halves[1])
+        return 1.5
+
+    assert accumulating.step(closure) == 1.5
+    assert_close(weights_of(parts), weights_of(whole), rtol=1e-12, atol=1e-12)
+
+
 def test_tasks_are_matched_by_name_and_not_by_order() -> None:
     whole, optimizer, (a, b) = step_input()
     optimizer.backward({"a": a, "b": b})

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -524,6 +525,34 @@ def test_a_rank_that_is_killed_in_mid_step_leaves_the_others_with_an_error() -> 
     assert isinstance(outcomes.pop(2), RankError)
     for outcome in outcomes:
         assert outcome.startswith("a rank ended or was cut off during backward()")
+
+
+def staying_away_from_a_file(path: Path) -> str:
+    rank = int(os.environ["RANK"])
+    dist.init_process_group(
+        "gloo",
+        init_method=path.as_uri(),
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=2),
+    )
+    _, optimizer, model = ddp_step()
+    if rank == 1:
+        return "away"
+    try:
+        optimizer.backward(model(*models.batch(2)), sync_group=True)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_a_store_in_a_file_which_would_grow_is_not_told_who_comes(
+    tmp_path: Path,
+) -> None:
+    outcomes = run_on_ranks(
+        2, staying_away_from_a_file, tmp_path / "store", timeout=None
+    )
+    assert outcomes[0].startswith("a rank ended or was cut off during backward()")
 
 
 def nan_step() -> tuple[list[Tensor | None], Tensor]:

@@ -120,6 +120,26 @@ def test_shards_equal_one_process_on_the_whole_batch(
         assert_close(weights, expected, rtol=1e-12, atol=1e-12)
 
 
+def train_partly_sharded() -> dict[str, Tensor]:
+    model = models.make(models.heads_on_a_trunk, 2)
+    fully_shard(model, ignored_params=set(model.heads.parameters()))
+    optimizer = HarmonizedOptimizer(AdamW(model.parameters(), lr=0.01, foreach=False))
+    for step in range(STEPS):
+        losses = model(*share(*models.batch(2, step)))
+        optimizer.zero_grad()
+        optimizer.backward(losses, sync_group=True)
+        optimizer.step()
+    return full_weights(model)
+
+
+def test_parameters_that_are_not_sharded_can_be_averaged_beside_those_that_are() -> (
+    None
+):
+    expected = one_process(models.heads_on_a_trunk, 2)
+    for weights in run_on_ranks(2, train_partly_sharded):
+        assert_close(weights, expected, rtol=1e-12, atol=1e-12)
+
+
 SEED = 3  # of a batch on which the tasks are in conflict
 
 

@@ -372,6 +372,42 @@ def test_backward_fn_runs_every_pass_and_is_told_whether_to_keep_the_graph() -> 
     assert kept == [True, False]
 
 
+def test_each_loss_counts_with_the_factor_with_which_it_enters_the_total() -> None:
+    model, optimizer, (first, second) = step_input()
+    constant = torch.tensor(3.0)
+    losses = {"a": first, "b": second, "constant": constant}
+    optimizer.backward(losses, total=(first + 0.25 * second.reshape(1) + constant) * 8)
+
+    expected, plain, (first, second) = step_input()
+    plain.backward([8 * first, 2 * second, 8 * constant])
+    assert_close(grads(model), grads(expected), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("total", "error", "message"),
+    [
+        (lambda *_: 1.0, TypeError, "total must be a tensor, got <class 'float'>"),
+        (lambda a, b: torch.stack([a, b]), ValueError, r"a scalar .* shape \[2\]"),
+        (lambda a, b: (a + b).detach(), ValueError, "requires_grad=False"),
+        (lambda a, _: 2 * a, ValueError, r"total must contain losses\['1'\]"),
+    ],
+)
+def test_a_total_that_is_not_made_of_the_losses_changes_nothing(
+    total: Callable[[Tensor, Tensor], Any], error: type[Exception], message: str
+) -> None:
+    model, optimizer, losses = step_input()
+    with pytest.raises(error, match=message):
+        optimizer.backward(losses, total=total(*losses))
+    assert all(grad is None for grad in grads(model))
+    optimizer.backward(losses)  # the graph is as it was
+
+
+def test_a_total_cannot_tell_a_loss_given_twice_from_two() -> None:
+    _, optimizer, (first, _) = step_input()
+    with pytest.raises(ValueError, match=r"distinct tensors, got \['0', '1'\]"):
+        optimizer.backward([first, first], total=2 * first)
+
+
 def test_a_parameter_frozen_in_mid_training_is_left_alone() -> None:
     model, optimizer, losses = step_input()
     optimizer.step(losses=losses)
