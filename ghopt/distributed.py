@@ -119,8 +119,10 @@ def refuse_single_pass(
 
 def _expects_one_pass(model: DistributedDataParallel) -> bool:
     """Say whether the last forward pass prepared for a backward pass that averages."""
-    # By this flag the forward pass notes whether it ran under no_sync.
-    return bool(model.require_forward_param_sync)
+    # By this flag the forward pass notes whether it ran under no_sync. Lightning calls
+    # training_step, and that backward, in the middle of one, and prepares each pass.
+    inside = DistributedDataParallel._active_ddp_module is model
+    return bool(model.require_forward_param_sync) and not inside
 
 
 class Ranks:

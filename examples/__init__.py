@@ -1,0 +1,1 @@
+"""One short recipe per training framework; not part of the installed package."""
