@@ -1,0 +1,1 @@
+"""What a harmonized step costs on many GPUs: a cost model, and a check of its counts."""
