@@ -122,7 +122,8 @@ def _expects_one_pass(model: DistributedDataParallel) -> bool:
     # By this flag the forward pass notes whether it ran under no_sync. Lightning calls
     # training_step, and that backward, in the middle of one, and prepares each pass.
     inside = DistributedDataParallel._active_ddp_module is model
-    return bool(model.require_forward_param_sync) and not inside
+    used = model._lazy_init_ran  # before the first forward pass the flag is True, too
+    return bool(model.require_forward_param_sync) and used and not inside
 
 
 class Ranks:
@@ -314,6 +315,8 @@ def together(group: "ProcessGroup") -> Iterator[Ranks]:
 
 def is_dtensor(tensor: Tensor) -> "TypeGuard[DTensor]":
     """Say whether a tensor is a DTensor."""
+    if type(tensor) is Tensor:
+        return False
     # Who has made one has imported the module, which to import takes a second.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)

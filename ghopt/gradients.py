@@ -10,9 +10,11 @@ knows how gradients are made.
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from functools import reduce
+from functools import cache, reduce
+from importlib import import_module
+from importlib.util import find_spec
 from itertools import combinations_with_replacement
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -94,15 +96,18 @@ def combine(gradients: TaskGradients, weights: Tensor) -> list[Tensor | None]:
     """
     parameters = _by_parameter(gradients)
     locals_ = [_local(entries) for entries in parameters]
+    fused, rest = _fusible(locals_, len(gradients))
+    for group in fused:
+        _add_fused(group, weights)
     # To read weights on the CPU is free, and numbers are faster than tensors there.
     on_cpu = weights.device.type == "cpu"
     factors = weights.tolist() if on_cpu else list(weights.unbind())
     kinds: dict[object, list[_Entries]] = defaultdict(list)
-    for entries in filter(None, locals_):
-        if _is_sparse(entries) or _first(entries).dtype in _HALVES:
+    for entries in rest:
+        first = _first(entries)
+        if first.dtype in _HALVES or _is_sparse(entries):
             entries[min(entries)] = _add_widened(entries, factors)
         else:
-            first = _first(entries)
             kinds[first.dtype, first.device, tuple(entries)].append(entries)
     for kind in kinds.values():
         _add_alike(kind, factors)
@@ -122,14 +127,59 @@ def _by_parameter(gradients: TaskGradients) -> list[_Entries]:
 
 def _local(entries: _Entries) -> _Entries:
     """Take what this rank has, such that it can be written."""
-    # Lazily conjugated or negated tensors do not let themselves be written.
-    return {
-        task: local(grad).resolve_conj().resolve_neg() for task, grad in entries.items()
-    }
+    return {task: _writable(local(grad)) for task, grad in entries.items()}
+
+
+def _writable(tensor: Tensor) -> Tensor:
+    """Resolve a lazily conjugated or negated tensor, which cannot be written."""
+    lazy = tensor.is_conj() or tensor.is_neg()
+    return tensor.resolve_conj().resolve_neg() if lazy else tensor
 
 
 def _first(entries: _Entries) -> Tensor:
     return next(iter(entries.values()))
+
+
+@cache
+def _kernels() -> Any:
+    """Import the kernels, if triton is there."""
+    return import_module("ghopt.kernels") if find_spec("triton") else None
+
+
+def _on_gpu(tensor: Tensor) -> bool:
+    # The table of a captured kernel would be read again at each replay.
+    return tensor.is_cuda and not torch.cuda.is_current_stream_capturing()
+
+
+def _fusible(
+    parameters: list[_Entries], tasks: int
+) -> tuple[list[list[_Entries]], list[_Entries]]:
+    """Sort out what kernels can take, by dtype and device, and what remains."""
+    fused: dict[object, list[_Entries]] = defaultdict(list)
+    rest = []
+    for entries in filter(None, parameters):
+        first = _first(entries)
+        if not (_on_gpu(first) and _kernels() and tasks <= _kernels().MAX_TASKS):
+            rest.append(entries)
+            continue
+        if first.is_complex():
+            entries = {task: torch.view_as_real(grad) for task, grad in entries.items()}
+        if _kernels().fits(entries):
+            fused[first.dtype, first.device].append(entries)
+        else:
+            rest.append(entries)
+    return list(fused.values()), rest
+
+
+def _multiply_fused(group: list[_Entries], tasks: int) -> Tensor:
+    products: Tensor = _kernels().gramian(_kernels().tabulate(group, tasks))
+    return products
+
+
+def _add_fused(group: list[_Entries], weights: Tensor) -> None:
+    weights = weights.to(_first(group[0]).device, torch.float64)
+    table = _kernels().tabulate(group, len(weights))
+    _kernels().combine(table, weights.contiguous())
 
 
 def _is_sparse(entries: _Entries) -> bool:
@@ -150,15 +200,14 @@ def _segments(parameters: list[_Entries]) -> list[_Entries]:
         first = _first(entries)
         if _is_sparse(entries):
             segments.append(entries)
-        elif first.numel() <= _SMALL:
-            small[first.dtype, first.device, tuple(entries)].append(entries)
+            continue
+        flat = dict(zip(entries, _flat(list(entries.values())), strict=True))
+        if first.numel() > _SMALL:
+            segments.append(flat)
         else:
-            flat = _flat(list(entries.values()))
-            segments.append(dict(zip(entries, flat, strict=True)))
+            small[first.dtype, first.device, tuple(entries)].append(flat)
     for kind in small.values():
-        flats = [_flat(list(entries.values())) for entries in kind]
-        packed = [torch.cat(task) for task in zip(*flats, strict=True)]
-        segments.append(dict(zip(kind[0], packed, strict=True)))
+        segments.append({task: torch.cat([e[task] for e in kind]) for task in kind[0]})
     return segments
 
 
@@ -179,12 +228,16 @@ def _flat(tensors: list[Tensor]) -> list[Tensor]:
 
 def _products(parameters: list[_Entries], tasks: int, *, sharded: bool) -> Tensor:
     """Take the inner products of all parameters that this rank has."""
-    device, segments = _first(parameters[0]).device, _segments(parameters)
+    device = _first(parameters[0]).device
+    fused, rest = _fusible(parameters, tasks)
+    segments = _segments(rest)
     # Shards may be long on some ranks and short on others, and doubt is for all.
     fast = device.type == "cpu" and not sharded and any(map(_is_long, segments))
     total = _total(segments, tasks, device, fast=fast)
     if fast and _in_doubt(total):
-        return _total(segments, tasks, device, fast=False)
+        total = _total(segments, tasks, device, fast=False)
+    for group in fused:
+        total = total + _multiply_fused(group, tasks).to(device)
     return total
 
 
@@ -205,6 +258,8 @@ def _total(
             _add_as_they_are(totals[place], segment)
         else:
             _add_in_float64(totals[place], segment)
+    if not totals:
+        return torch.zeros(tasks, tasks, dtype=torch.float64, device=device)
     total = reduce(torch.add, (part.to(device) for part in totals.values()))
     return total.triu() + total.triu(1).T
 
@@ -213,6 +268,10 @@ def _add_in_float64(total: Tensor, segment: _Entries) -> None:
     """Add the inner products of a segment, as products of blocks ``[K, n]``."""
     first = _first(segment)
     limit = _WIDE_BLOCK if first.device.type == "cpu" else _DEVICE_BLOCK
+    if first.numel() <= limit and len(segment) == len(total):
+        rows = torch.stack([*segment.values()]).double()
+        total.addmm_(rows, rows.T)
+        return
     size = min(limit, max(1, first.numel()))
     # One piece of memory for all blocks: to allocate each costs more than its products.
     # The rows of missing tasks stay zero.

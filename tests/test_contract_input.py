@@ -76,7 +76,7 @@ def test_an_unknown_or_missing_argument_is_named(
 def test_only_losses_come_by_position() -> None:
     training = Training()
     with training.refused(TypeError, "positional"):
-        training.optimizer.backward(training.losses(), True)  # type: ignore[call-arg]  # the point
+        training.optimizer.backward(training.losses(), True)  # type: ignore[call-arg,arg-type]  # the point
 
 
 def fails(losses: list[Tensor]) -> Iterator[Tensor]:
