@@ -124,6 +124,12 @@ def weigh(weighting: Weighting, gramian: Tensor) -> Tensor:
     return weights.to(gramian)
 
 
+def weighted_sum(losses: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """Sum scalars with constant weights ``[K]``, each in its dtype."""
+    pairs = zip(weights.unbind(), losses, strict=True)
+    return torch.stack([w.to(loss) * loss.reshape(()) for w, loss in pairs]).sum()
+
+
 @contextmanager
 def set_aside(parameters: Sequence[Tensor]) -> Iterator[list[Tensor | None]]:
     """Take ``.grad`` off the parameters; on an exception put it back as it was.
@@ -275,11 +281,7 @@ def harmonized_loss(
     gradients = [_gradients(loss, wanted) for loss in tasks]
     if all(gradient is None for task in gradients for gradient in task):
         raise ValueError(f"params must hold one that a loss reaches, got {len(wanted)}")
-    weights = weigh(weighting, gramian(gradients)).unbind()
-    terms = [
-        w.to(loss) * loss.reshape(()) for w, loss in zip(weights, tasks, strict=True)
-    ]
-    return torch.stack(terms).sum()
+    return weighted_sum(tasks, weigh(weighting, gramian(gradients)))
 
 
 def _gradients(loss: Tensor, params: list[Tensor]) -> Sequence[Tensor | None]:

@@ -17,9 +17,10 @@ What every rule here promises, for any ``K >= 1``:
 * A common scale of the gradients, 1e-25 to 1e18, changes nothing.
 * A non-finite entry makes every weight NaN: it is never hidden.
 * The arithmetic is float64, the result has the dtype and device of the Gramian.
-* No value of the Gramian decides which operations run, so all rules run on the ``meta``
-  device and no operation here asks for a value on the host. One operation does so by
-  itself on CUDA: :func:`torch.linalg.eigh`, in GH++ with more than two tasks.
+* No value of the Gramian decides which operations run (but on the CPU, when an active
+  set method is done), so all rules run on the ``meta`` device and nothing asks for a
+  value on the host. One operation does so by itself on CUDA: :func:`torch.linalg.eigh`,
+  in GH++ with more than two tasks.
 * ``ValueError`` for a Gramian that is not square, is empty or not floating point.
 
 Equation numbers refer to Huang, Song and Zhang, "Gradient Harmonization in
@@ -183,12 +184,12 @@ def _gh(gramian: Tensor) -> Tensor:
     """Coefficients of GH in float64."""
     _check(gramian)
     if len(gramian) <= 2:
-        # Eq. 29 as it stands; the clamp is the indicator of eq. 5 and, since the
-        # diagonal is never negative, clears the diagonal.
+        # Eq. 29 as it stands. The first clamp is the indicator of eq. 5 and, since the
+        # diagonal is never negative, clears the diagonal; the second spares 0 / 0.
         gramian = gramian.double()
-        squares = gramian.diagonal()
-        multipliers = gramian.neg().clamp(min=0) / squares.where(squares > 0, 1)
-        return _identity(gramian) + multipliers + _poison(gramian)
+        squares = gramian.diagonal().clamp(min=torch.finfo(gramian.dtype).tiny)
+        coefficients = gramian.neg().clamp_(min=0).div_(squares).fill_diagonal_(1)
+        return coefficients + _poison(gramian)
     matrix, scale = _rescaled(gramian)
     enumerable = len(matrix) <= _MOST_ENUMERATED
     multipliers = _enumerate(matrix) if enumerable else _pivot(matrix)
@@ -305,8 +306,11 @@ def _pivot(matrix: Tensor) -> Tensor:
         # Less than this is noise, which grows with the multipliers.
         noise = 4 * info.eps * (1 + rows.sum(1, keepdim=True))
         entered = active.scatter(1, task, (conflict > noise) | active.gather(1, task))
-        active = entered.where(free, active & (reach > step))
+        before, active = active, entered.where(free, active & (reach > step))
         rows = rows.where(active, 0)
+        # Where to ask is free: all further steps would repeat this one.
+        if matrix.device.type == "cpu" and torch.equal(before, active):
+            break
     return rows
 
 
@@ -430,7 +434,7 @@ def _identity(matrix: Tensor) -> Tensor:
 
 def _poison(gramian: Tensor) -> Tensor:
     """Zero, or NaN if any entry is not finite."""
-    return torch.sub(gramian, gramian).double().sum()
+    return (gramian - gramian).sum(dtype=torch.float64)
 
 
 def _check(gramian: Tensor) -> None:

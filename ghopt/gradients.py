@@ -41,7 +41,7 @@ _DEVICE_BLOCK = 2**22
 # have too few blocks for that.
 _LONG = 2**19
 # Tensors up to this size are packed: their arithmetic costs less than a call of torch.
-_SMALL = 2**14
+_SMALL = 2**15
 
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -186,131 +186,137 @@ def _is_sparse(entries: _Entries) -> bool:
     return any(tensor.layout is not torch.strided for tensor in entries.values())
 
 
-def _is_long(segment: _Entries) -> bool:
+def _is_long(flat: Tensor) -> bool:
     """Say whether float32 products, summed in float64 over blocks, come out right."""
-    first = _first(segment)
-    return first.dtype is torch.float32 and first.numel() > _LONG
+    on_cpu = flat.device.type == "cpu"
+    return on_cpu and flat.dtype is torch.float32 and len(flat) > _LONG
 
 
-def _segments(parameters: list[_Entries]) -> list[_Entries]:
-    """Flatten the gradients of each parameter, and pack small ones of a kind."""
-    segments = []
-    small: dict[object, list[_Entries]] = defaultdict(list)
-    for entries in parameters:
-        first = _first(entries)
-        if _is_sparse(entries):
-            segments.append(entries)
-            continue
-        flat = dict(zip(entries, _flat(list(entries.values())), strict=True))
-        if first.numel() > _SMALL:
-            segments.append(flat)
-        else:
-            small[first.dtype, first.device, tuple(entries)].append(flat)
-    for kind in small.values():
-        segments.append({task: torch.cat([e[task] for e in kind]) for task in kind[0]})
-    return segments
-
-
-def _flat(tensors: list[Tensor]) -> list[Tensor]:
+def _flat(entries: _Entries) -> _Entries:
     """Flatten the gradients of one parameter, complex ones as pairs of reals.
 
     In the order in memory, so that one in channels_last is flattened without a copy.
     All tasks take the order of the first, which keeps their elements side by side.
     """
-    if tensors[0].is_complex():
-        tensors = [torch.view_as_real(tensor) for tensor in tensors]
-    first = tensors[0]
+    if _first(entries).is_complex():
+        entries = {task: torch.view_as_real(grad) for task, grad in entries.items()}
+    first = _first(entries)
     if not first.is_contiguous():
         order = sorted(range(first.dim()), key=first.stride, reverse=True)
-        tensors = [tensor.permute(order) for tensor in tensors]
-    return [tensor.reshape(-1) for tensor in tensors]
+        entries = {task: grad.permute(order) for task, grad in entries.items()}
+    return {task: grad.reshape(-1) for task, grad in entries.items()}
 
 
 def _products(parameters: list[_Entries], tasks: int, *, sharded: bool) -> Tensor:
     """Take the inner products of all parameters that this rank has."""
-    device = _first(parameters[0]).device
     fused, rest = _fusible(parameters, tasks)
-    segments = _segments(rest)
-    # Shards may be long on some ranks and short on others, and doubt is for all.
-    fast = device.type == "cpu" and not sharded and any(map(_is_long, segments))
-    total = _total(segments, tasks, device, fast=fast)
-    if fast and _in_doubt(total):
-        total = _total(segments, tasks, device, fast=False)
-    for group in fused:
-        total = total + _multiply_fused(group, tasks).to(device)
+    products = [_multiply_fused(group, tasks) for group in fused]
+    small, quick = [], []
+    for entries in rest:
+        if _is_sparse(entries):
+            products.append(_multiply_sparse(entries, tasks))
+            continue
+        flat = _flat(entries)
+        first = _first(flat)
+        if first.numel() <= _SMALL:
+            small.append(flat)
+        # Shards may be long on some ranks and short on others, and doubt is for all.
+        elif _is_long(first) and not sharded:
+            quick.append(flat)
+        else:
+            products.append(_multiply_large(flat, tasks))
+    products += [_multiply_packed(rows) for rows in _packed(small, tasks)]
+    total = _sum([*products, *(_multiply_as_they_are(flat, tasks) for flat in quick)])
+    if quick and _in_doubt(total):
+        total = _sum([*products, *(_multiply_large(flat, tasks) for flat in quick)])
     return total
 
 
-def _total(
-    segments: list[_Entries], tasks: int, device: torch.device, *, fast: bool
-) -> Tensor:
-    """Sum the inner products over all segments; ``fast``: in float32 where it is long."""
-    totals: dict[torch.device, Tensor] = {}
-    for segment in segments:
-        place = _first(segment).device
-        if place not in totals:
-            totals[place] = torch.zeros(tasks, tasks, dtype=torch.float64, device=place)
-        if _is_sparse(segment):
-            _add_sparse(totals[place], segment)
-        elif place.type == "cpu" and (
-            _first(segment).dtype is torch.float64 or (fast and _is_long(segment))
-        ):
-            _add_as_they_are(totals[place], segment)
-        else:
-            _add_in_float64(totals[place], segment)
-    if not totals:
-        return torch.zeros(tasks, tasks, dtype=torch.float64, device=device)
-    total = reduce(torch.add, (part.to(device) for part in totals.values()))
+def _sum(products: list[Tensor]) -> Tensor:
+    """Sum Gramians, of which only the upper triangle need be right."""
+    device = products[0].device
+    total = reduce(torch.add, (each.to(device) for each in products))
     return total.triu() + total.triu(1).T
 
 
-def _add_in_float64(total: Tensor, segment: _Entries) -> None:
-    """Add the inner products of a segment, as products of blocks ``[K, n]``."""
-    first = _first(segment)
-    limit = _WIDE_BLOCK if first.device.type == "cpu" else _DEVICE_BLOCK
-    if first.numel() <= limit and len(segment) == len(total):
-        rows = torch.stack([*segment.values()]).double()
-        total.addmm_(rows, rows.T)
-        return
-    size = min(limit, max(1, first.numel()))
+def _packed(parameters: list[_Entries], tasks: int) -> list[Tensor]:
+    """Lay flat gradients of a kind side by side: ``[K, n]``, zeros where missing."""
+    kinds: dict[object, list[_Entries]] = defaultdict(list)
+    for entries in parameters:
+        first = _first(entries)
+        kinds[first.dtype, first.device].append(entries)
+    packed = []
+    for kind in kinds.values():
+        sizes = [len(_first(entries)) for entries in kind]
+        zeros = _first(kind[0]).new_zeros(max(sizes))
+        parts = [
+            entries[task] if task in entries else zeros[:size]
+            for task in range(tasks)
+            for entries, size in zip(kind, sizes, strict=True)
+        ]
+        packed.append(torch.cat(parts).view(tasks, -1))
+    return packed
+
+
+def _multiply_packed(rows: Tensor) -> Tensor:
+    """Take the inner products of rows ``[K, n]`` in float64."""
+    size = _WIDE_BLOCK if rows.device.type == "cpu" else _DEVICE_BLOCK
+    wide = (block.double() for block in torch.split(rows, size, dim=1))
+    return reduce(torch.add, (block @ block.T for block in wide))
+
+
+def _multiply_large(flat: _Entries, tasks: int) -> Tensor:
+    """Take the inner products of one parameter in float64, block by block."""
+    first = _first(flat)
+    if first.dtype is torch.float64 and first.device.type == "cpu":
+        return _multiply_as_they_are(flat, tasks)
+    size = min(_WIDE_BLOCK if first.device.type == "cpu" else _DEVICE_BLOCK, len(first))
+    total = first.new_zeros(tasks, tasks, dtype=torch.float64)
     # One piece of memory for all blocks: to allocate each costs more than its products.
     # The rows of missing tasks stay zero.
-    scratch = torch.zeros(len(total), size, dtype=torch.float64, device=first.device)
-    for block in zip(*(torch.split(t, size) for t in segment.values()), strict=True):
+    scratch = first.new_zeros(tasks, size, dtype=torch.float64)
+    for block in zip(*(torch.split(t, size) for t in flat.values()), strict=True):
         rows = scratch[:, : len(block[0])]
-        for task, part in zip(segment, block, strict=True):
+        for task, part in zip(flat, block, strict=True):
             rows[task].copy_(part)
         total.addmm_(rows, rows.T)
+    return total
 
 
-def _add_as_they_are(total: Tensor, segment: _Entries) -> None:
-    """Add the inner products of a segment, block by block in its own dtype."""
+def _multiply_as_they_are(flat: _Entries, tasks: int) -> Tensor:
+    """Take the inner products of one parameter, block by block in its own dtype."""
     products: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
-    blocks = [torch.split(tensor, _BLOCK) for tensor in segment.values()]
+    blocks = [torch.split(tensor, _BLOCK) for tensor in flat.values()]
     for block in zip(*blocks, strict=True):
-        parts = dict(zip(segment, block, strict=True))
-        for i, j in combinations_with_replacement(segment, 2):
+        parts = dict(zip(flat, block, strict=True))
+        for i, j in combinations_with_replacement(flat, 2):
             products[i, j].append(torch.dot(parts[i], parts[j]))
+    total = _first(flat).new_zeros(tasks, tasks, dtype=torch.float64)
     for (i, j), parts_ij in products.items():
-        total[i, j] += torch.stack(parts_ij).sum(dtype=torch.float64)
+        total[i, j] = torch.stack(parts_ij).sum(dtype=torch.float64)
+    return total
 
 
-def _add_sparse(total: Tensor, segment: _Entries) -> None:
-    """Add the inner products of a parameter that has a sparse gradient."""
+def _multiply_sparse(entries: _Entries, tasks: int) -> Tensor:
+    """Take the inner products of a parameter that has a sparse gradient."""
     # Coalescing first: a product must meet the sum of all entries of a row.
     wide = {
         task: tensor.coalesce().double() if tensor.is_sparse else tensor.double()
-        for task, tensor in segment.items()
+        for task, tensor in entries.items()
     }
+    total = torch.zeros(
+        tasks, tasks, dtype=torch.float64, device=_first(entries).device
+    )
     for i, j in combinations_with_replacement(wide, 2):
         a, b = wide[i], wide[j]
         if a.is_sparse and b.is_sparse:
-            total[i, j] += (a * b).coalesce().values().sum()
+            total[i, j] = (a * b).coalesce().values().sum()
         elif a.is_sparse or b.is_sparse:
             rows, dense = (a, b) if a.is_sparse else (b, a)
-            total[i, j] += (rows.values() * dense[tuple(rows.indices())]).sum()
+            total[i, j] = (rows.values() * dense[tuple(rows.indices())]).sum()
         else:
-            total[i, j] += (a * b).sum()
+            total[i, j] = (a * b).sum()
+    return total
 
 
 def _in_doubt(gramian: Tensor) -> bool:

@@ -38,6 +38,7 @@ from ghopt.backward import (
     named_losses,
     set_aside,
     weigh,
+    weighted_sum,
 )
 from ghopt.distributed import (
     SyncGroup,
@@ -87,12 +88,14 @@ class _Progress:
         summed: those of the other parameters, of all tasks.
         last: what the last harmonization found and did.
         models: the DDP models of the parameters; None before they were looked for.
+        age: number of backward calls that the weights in ``last`` have served.
     """
 
     collected: dict[str, Collected] = field(default_factory=dict)
     summed: Collected = field(default_factory=dict)
     last: Harmonization | None = None
     models: list[weakref.ref[DistributedDataParallel]] | None = None
+    age: int = 0
 
     def forget(self) -> None:
         """Drop a started accumulation."""
@@ -121,16 +124,27 @@ class HarmonizedOptimizer(Optimizer):
             weighted sum; the other parameters of the optimizer receive the plain sum.
             By default all parameters of the optimizer are shared. What is remembered is
             their place in the groups, where a parameter may be replaced by another.
+        measure_every: measure the conflict in every so many calls of ``backward`` (of
+            the whole accumulation, if there is one), and in between run a single
+            pass of the losses summed with the last weights: the paper's equivalent
+            model (eq. 44 and 45). 1, the default, is exact. With more the weights are
+            those of earlier parameters and data, *all* parameters that the losses reach
+            receive the weighted sum, also those outside this optimizer, and the update
+            may oppose a task. Other tasks than before are measured anew; so are the
+            first ones after a checkpoint is loaded, which does not hold the weights.
+            Weights that were not finite serve as 1.
 
     Attributes:
         base_optimizer: as given.
         weighting: as given.
+        measure_every: as given.
 
     Raises:
         TypeError: if ``base_optimizer`` is no optimizer, ``weighting`` not callable or
-            ``shared_params`` no iterable of parameters.
+            ``shared_params`` no iterable of parameters, ``measure_every`` no whole number.
         ValueError: if ``shared_params`` is empty or holds one that is not in
-            ``base_optimizer``.
+            ``base_optimizer``, or ``measure_every`` is less than 1, or more with
+            ``shared_params``: one pass cannot give both sums.
     """
 
     def __init__(
@@ -139,14 +153,23 @@ class HarmonizedOptimizer(Optimizer):
         weighting: Weighting = gh,
         *,
         shared_params: Iterable[Tensor] | None = None,
+        measure_every: int = 1,
     ) -> None:
         if not isinstance(base_optimizer, Optimizer):
             given = type(base_optimizer)
             raise TypeError(f"base_optimizer must be a torch Optimizer, got {given}")
         if not callable(weighting):
             raise TypeError(f"weighting must be callable, got {weighting!r}")
+        if not isinstance(measure_every, int):
+            raise TypeError(f"measure_every must be an int, got {measure_every!r}")
+        if measure_every < 1:
+            raise ValueError(f"measure_every must be at least 1, got {measure_every}")
+        if measure_every > 1 and shared_params is not None:
+            given = f"got {measure_every}"
+            raise ValueError(f"measure_every must be 1 with shared_params, {given}")
         self.base_optimizer = base_optimizer
         self.weighting = weighting
+        self.measure_every = measure_every
         self._shared = None if shared_params is None else self._places(shared_params)
         self._set_up()
 
@@ -218,10 +241,13 @@ class HarmonizedOptimizer(Optimizer):
             named = named_losses(losses)
             if total is not None:
                 named = as_in_total(named, total)
+            progress = self._progress
+            reused = self._reusable(named)
+            if reused:
+                named = _in_one(named, reused)
             passes = sum(loss.requires_grad for loss in named.values())
             if passes > 1 or group:
                 self._refuse_single_pass([*shared, *rest])
-            progress = self._progress
             if progress.collected and progress.collected.keys() != named.keys():
                 before, now = [*progress.collected], [*named]
                 raise ValueError(f"losses must be those of tasks {before}, got {now}")
@@ -248,6 +274,8 @@ class HarmonizedOptimizer(Optimizer):
                 sums = [parameter.grad for parameter in rest]
                 if accumulate_only:
                     added: list[Tensor | None] = [None] * len(grads)
+                elif reused:
+                    added = [collected[0].get(parameter) for parameter in shared]
                 else:
                     added = [*self._harmonize(tuple(named), shared, collected), *sums]
                 for parameter, grad, more in zip(
@@ -258,6 +286,8 @@ class HarmonizedOptimizer(Optimizer):
             progress.collected.update(zip(named, collected, strict=True))
             pairs = zip(rest, sums, strict=True)
             progress.summed.update({p: grad for p, grad in pairs if grad is not None})
+        else:
+            progress.age = progress.age + 1 if reused else 1
 
     def step(  # type: ignore[override]  # one more way to call it than the base class
         self,
@@ -337,6 +367,7 @@ class HarmonizedOptimizer(Optimizer):
             state_dict = state_dict if changed is None else changed
         self.base_optimizer.load_state_dict(state_dict)
         self._progress.forget()
+        self._progress.age = 0
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -381,7 +412,7 @@ class HarmonizedOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Give what a copy needs: as in torch, hooks stay behind."""
-        kept = ("base_optimizer", "weighting", "_shared")
+        kept = ("base_optimizer", "weighting", "measure_every", "_shared")
         return {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
@@ -460,6 +491,12 @@ class HarmonizedOptimizer(Optimizer):
                 (shared if is_shared else rest)[parameter] = None
         return list(shared), list(rest)
 
+    def _reusable(self, losses: Mapping[str, Tensor]) -> Harmonization | None:
+        """Give the last measurement, if it serves these losses once more."""
+        progress, last = self._progress, self._progress.last
+        young = 0 < progress.age < self.measure_every
+        return last if young and last and {*last.names} == losses.keys() else None
+
     def _refuse_single_pass(self, parameters: list[Tensor]) -> None:
         """See that no DDP model will average the first pass and miss the others."""
         if dist.is_available() and dist.is_initialized():
@@ -512,6 +549,16 @@ class HarmonizedOptimizer(Optimizer):
         weights = weigh(self.weighting, products)
         self._progress.last = Harmonization(names, products, weights)
         return combine(gradients, weights)
+
+
+def _in_one(losses: Mapping[str, Tensor], last: Harmonization) -> dict[str, Tensor]:
+    """Sum the losses with the weights of a measurement; a task of its own."""
+    # If they were not finite, as with an overflow under loss scaling, no more than that
+    # one step shall suffer.
+    weights = dict(zip(last.names, last.weights.nan_to_num(1, 1, 1), strict=True))
+    ordered = torch.stack([weights[name] for name in losses])
+    name = f"weighted sum of {sorted(losses)}"
+    return {name: weighted_sum([*losses.values()], ordered)}
 
 
 def _accumulate(grad: Tensor | None, added: Tensor | None) -> Tensor | None:

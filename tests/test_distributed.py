@@ -130,6 +130,25 @@ def test_micro_batches_on_replicas_equal_one_process_on_the_whole_batch() -> Non
         assert_close(weights, expected, rtol=1e-12, atol=1e-12)
 
 
+def train_with_few_measurements(alone: bool) -> dict[str, Tensor]:
+    model = models.make(models.heads_on_a_trunk, 2)
+    base = AdamW(model.parameters(), lr=0.01)
+    optimizer = HarmonizedOptimizer(base, measure_every=3)
+    for step in range(STEPS):
+        batch = models.batch(2, step)
+        losses = model(*(batch if alone else share(*batch)))
+        optimizer.zero_grad()
+        optimizer.backward(losses, sync_group=not alone)
+        optimizer.step()
+    return weights_of(model)
+
+
+def test_replicas_may_measure_the_conflict_less_often() -> None:
+    expected = train_with_few_measurements(alone=True)
+    for weights in run_on_ranks(2, train_with_few_measurements, False):
+        assert_close(weights, expected, rtol=1e-12, atol=1e-12)
+
+
 def train_with_loss_scaling() -> tuple[dict[str, Tensor], float]:
     model = models.make(models.heads_on_a_trunk, 2)
     ddp = DistributedDataParallel(model)

@@ -408,6 +408,126 @@ def test_a_total_cannot_tell_a_loss_given_twice_from_two() -> None:
         optimizer.backward([first, first], total=2 * first)
 
 
+# Fewer passes
+
+
+def reusing(every: int) -> tuple[Tasks, HarmonizedOptimizer]:
+    model = models.make(models.heads_on_a_trunk, 2)
+    base = SGD(model.parameters(), lr=0.1)
+    return model, HarmonizedOptimizer(base, measure_every=every)
+
+
+def test_between_measurements_one_pass_takes_the_last_weights() -> None:
+    model, optimizer = reusing(3)
+    parameters = list(model.parameters())
+    weights = torch.ones(2)
+    for step in range(7):
+        losses = model(*models.batch(2, step))
+        jacobian = literal_gradients(losses, parameters)
+        passes: list[bool] = []
+
+        def count(
+            loss: Tensor, retain_graph: bool, passes: list[bool] = passes
+        ) -> None:
+            passes.append(retain_graph)
+            loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]  # torch's
+
+        optimizer.zero_grad()
+        optimizer.backward(losses, backward_fn=count)
+        assert optimizer.last is not None
+        if step % 3 == 0:
+            assert passes == [True, False]
+            assert not torch.equal(weights, optimizer.last.weights)
+            weights = optimizer.last.weights
+            expected = literal_update(jacobian)
+        else:
+            assert passes == [False]
+            assert torch.equal(weights, optimizer.last.weights)
+            expected = weights @ jacobian
+        update = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+        assert_close(update, expected, rtol=1e-10, atol=1e-12)
+        optimizer.step()
+
+
+def test_micro_batches_between_measurements_equal_the_full_batch() -> None:
+    (whole, full), (parts, split) = reusing(2), reusing(2)
+    for step in range(4):
+        inputs, targets = models.batch(2, step)
+        full.zero_grad()
+        full.backward(whole(inputs, targets))
+        split.zero_grad()
+        for half in range(2):
+            losses = parts(inputs[half::2], targets[:, half::2])
+            split.backward([loss / 2 for loss in losses], accumulate_only=half == 0)
+        assert_close(grads(parts), grads(whole), rtol=1e-12, atol=1e-12)
+        full.step()
+        split.step()
+
+
+def test_other_tasks_are_measured_anew_and_the_same_are_told_by_name() -> None:
+    model, optimizer = reusing(10)
+    data = models.batch(2)
+
+    def names_and_weights(*names: str) -> tuple[tuple[str, ...], list[float]]:
+        losses = dict(zip("ab", model(*data), strict=True))
+        optimizer.zero_grad()
+        optimizer.backward({name: losses[name[0]] for name in names})
+        assert optimizer.last is not None
+        return optimizer.last.names, optimizer.last.weights.tolist()
+
+    names, weights = names_and_weights("a", "b")
+    first = grads(model)
+    assert weights[0] != weights[1]
+    assert names_and_weights("b", "a") == (names, weights)
+    assert_close(grads(model), first, rtol=1e-12, atol=1e-12)
+    assert names_and_weights("a") == (("a",), [1.0])
+    assert names_and_weights("a", "b") == (names, weights)
+
+
+@pytest.mark.parametrize("renew", ["load_state_dict", "copy"])
+def test_a_loaded_checkpoint_and_a_copy_measure_first(renew: str) -> None:
+    model, other = reusing(4)
+    other.step(losses=model(*models.batch(2)))
+    if renew == "load_state_dict":
+        other.load_state_dict(other.state_dict())
+    else:
+        model, other = copy.deepcopy((model, other))
+        assert other.measure_every == 4
+    passes: list[Tensor] = []
+
+    def count(loss: Tensor, retain_graph: bool) -> None:
+        passes.append(loss)
+        loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]  # torch's
+
+    other.backward(model(*models.batch(2)), backward_fn=count)
+    assert len(passes) == 2
+
+
+def test_weights_that_were_not_finite_serve_as_one() -> None:
+    model, optimizer = reusing(2)
+    first, second = model(*models.batch(2))
+    optimizer.backward([first * torch.inf, second])
+    assert optimizer.last is not None
+    assert optimizer.last.weights.isnan().all()
+    optimizer.zero_grad()
+    optimizer.backward(model(*models.batch(2)))
+    measured = grads(model)
+    model.zero_grad()
+    sum(model(*models.batch(2))).backward()
+    assert_close(grads(model), measured, rtol=1e-12, atol=1e-12)
+
+
+def test_bad_values_of_measure_every_are_named() -> None:
+    base = SGD([torch.ones(2, requires_grad=True)])
+    with pytest.raises(TypeError, match=r"measure_every must be an int, got 2\.0"):
+        HarmonizedOptimizer(base, measure_every=2.0)  # type: ignore[arg-type]  # the point
+    with pytest.raises(ValueError, match="measure_every must be at least 1, got 0"):
+        HarmonizedOptimizer(base, measure_every=0)
+    shared = base.param_groups[0]["params"]
+    with pytest.raises(ValueError, match="1 with shared_params, got 3"):
+        HarmonizedOptimizer(base, shared_params=shared, measure_every=3)
+
+
 def test_a_parameter_frozen_in_mid_training_is_left_alone() -> None:
     model, optimizer, losses = step_input()
     optimizer.step(losses=losses)
