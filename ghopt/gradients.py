@@ -165,7 +165,7 @@ def _fusible(
         if first.is_complex():
             entries = {task: torch.view_as_real(grad) for task, grad in entries.items()}
         if _kernels().fits(entries):
-            fused[first.dtype, first.device].append(entries)
+            fused[_first(entries).dtype, first.device].append(entries)
         else:
             rest.append(entries)
     return list(fused.values()), rest

@@ -20,12 +20,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.testing import assert_close
 
 pytest.importorskip("triton", reason="the kernels need the extra [triton]")
 
 import triton
 import triton.language as tl
 
+from ghopt import gradients as gradients_module
 from ghopt import kernels
 
 Parameters = list[dict[int, Tensor]]
@@ -557,3 +559,55 @@ def test_the_compiled_sum_is_rounded_to_nearest(compiled: Compiled) -> None:
     summed = compiled["_combine_chunk", 2, torch.bfloat16]["ptx"]
     assert re.search(r"cvt\.rn\.bf16", summed)
     assert not re.search(r"cvt\.rz", summed)
+
+
+# In the engine
+
+
+def of_many_kinds(seed: int) -> list[Tensor | None]:
+    """Draw the gradients of a task: most for the kernels, some not."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        wide = torch.complex128 if dtype.is_complex else torch.float64
+        return torch.randn(shape, generator=generator, dtype=wide).to(DEVICE, dtype)
+
+    return [
+        drawn(3, 4),
+        drawn(),
+        drawn(2, 3, 2, 2).to(memory_format=torch.channels_last),
+        drawn(4, 3).T,  # neither of the memory formats
+        drawn(5, dtype=torch.bfloat16),
+        drawn(4, dtype=torch.complex64),
+        drawn(4, dtype=torch.complex64).conj(),
+        drawn(6, 2).relu().to_sparse(),
+        None if seed else drawn(2, dtype=torch.float64),
+        drawn(3, dtype=torch.float16) if seed else None,
+    ]
+
+
+@pytest.mark.parametrize("tasks", [1, 3, 9])
+def test_the_engine_gives_the_same_with_and_without_kernels(
+    tasks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = torch.linspace(0.5, 2, tasks, dtype=torch.float64, device=DEVICE)
+    used: list[str] = []
+    results: dict[bool, Any] = {}
+    for name in ["gramian", "combine"]:
+        kernel = getattr(kernels, name)
+
+        def noted(*args: Any, kernel: Any = kernel, name: str = name) -> Any:
+            used.append(name)
+            return kernel(*args)
+
+        monkeypatch.setattr(kernels, name, noted)
+    for fused in [False, True]:
+        monkeypatch.setattr(gradients_module, "_on_gpu", lambda _, fused=fused: fused)
+        rows = [of_many_kinds(task) for task in range(tasks)]
+        products = gradients_module.gramian(rows)
+        summed = gradients_module.combine(rows, weights)
+        results[fused] = products, [g if g is None else g.to_dense() for g in summed]
+    assert_close(results[True], results[False])
+    # One for each dtype, complex numbers counting as pairs of floats.
+    kinds = 0 if tasks == 9 else 3 if tasks == 1 else 4
+    assert used == ["gramian"] * kinds + ["combine"] * kinds
