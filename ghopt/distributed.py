@@ -169,7 +169,7 @@ class Ranks:
         rows = self._tell(table.flatten()).view(-1, 3).tolist()
         if any(row[:2] != rows[0][:2] for row in rows):
             told: list[list[str]] = [[]] * self._size
-            with _explained(self._group):
+            with self._explained():
                 dist.all_gather_object(told, list(names), group=self._group)
             given = "; ".join(
                 f"{said} on rank {rank}" for rank, said in enumerate(told)
@@ -218,12 +218,12 @@ class Ranks:
             for parameter, has, others in zip(plain, sparse, dense, strict=True)
             if has and not others
         ]
-        with _explained(self._group):
+        with self._explained():
             ends = [self._start(gradients, pack) for pack in _packs(dense_ones)]
             ends += [self._start_sparse(gradients, p) for p in sparse_ones]
 
         def end() -> None:
-            with _explained(self._group), torch.no_grad():
+            with self._explained(), torch.no_grad():
                 for wait in ends:
                     wait()
 
@@ -246,7 +246,7 @@ class Ranks:
         failures = payload.new_zeros(self._size)
         failures[self._rank] = failed
         message = torch.cat([failures, payload]).to(self._device)
-        with _explained(self._group):
+        with self._explained():
             dist.all_reduce(message, dist.ReduceOp.MAX, group=self._group)
         failures, payload = message.cpu().split_with_sizes([self._size, len(payload)])
         if failures.any():
@@ -256,6 +256,15 @@ class Ranks:
                 f"rank(s) {ranks} failed in backward(): the error is in their output"
             )
         return payload
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Say which ranks are missing when one of torch's collectives fails."""
+        try:
+            yield
+        except RuntimeError as error:
+            self._expected.clear()  # nothing more can be told
+            raise RuntimeError(f"{_absence(self._group)}: {error}") from error
 
     def _start(
         self, gradients: dict[Tensor, Tensor], pack: list[Tensor]
@@ -414,15 +423,6 @@ def _store(group: "ProcessGroup") -> "Store | None":
     while hasattr(under, "underlying_store"):
         under = under.underlying_store
     return None if type(under).__name__ == "FileStore" else store
-
-
-@contextmanager
-def _explained(group: "ProcessGroup") -> Iterator[None]:
-    """Say which ranks are missing when one of torch's collectives fails."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise RuntimeError(f"{_absence(group)}: {error}") from error
 
 
 def _absence(group: "ProcessGroup") -> str:
