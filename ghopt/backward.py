@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import TypeAlias
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ghopt.distributed import Ranks, local, placed_as
@@ -148,6 +149,24 @@ def set_aside(parameters: Sequence[Tensor]) -> Iterator[list[Tensor | None]]:
         raise
 
 
+@contextmanager
+def out_of_reach(grads: Iterable[Tensor | None]) -> Iterator[None]:
+    """Give gradients their values back that lie in memory of a DDP model, at the end.
+
+    Each pass that such a model averages writes to its buckets, and ``.grad`` may be a
+    view of them. Elsewhere a view lies in some memory of the user's, and is left alone.
+    """
+    lent = dist.is_available() and dist.is_initialized()
+    views = [grad for grad in grads if lent and grad is not None and grad._is_view()]
+    values = [view.clone() for view in views]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for view, value in zip(views, values, strict=True):
+                view.copy_(value)
+
+
 def collect(
     losses: Sequence[Tensor],
     parameters: Sequence[Tensor],
@@ -262,7 +281,8 @@ def harmonized_loss(
     head then feels undiminished: training has diverged from it.
 
     Gradients are taken with :func:`torch.autograd.grad`, so ``.grad`` and hooks that
-    accumulate are left alone; reentrant checkpointing and FSDP2 do not work.
+    accumulate are left alone; reentrant checkpointing and FSDP2 do not work, and under
+    DDP the weights are those of each rank's own gradients.
 
     Args:
         losses: one scalar per task, as for ``HarmonizedOptimizer.backward``.

@@ -13,7 +13,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, TypeAlias, TypeGuard, Union
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, Union
 
 import torch
 import torch.distributed as dist
@@ -83,9 +83,9 @@ def ddp_models(
 ) -> list[weakref.ref[DistributedDataParallel]]:
     """Search the process for the DDP models of these parameters.
 
-    For :func:`refuse_single_pass`. Takes as long as Python's garbage collection, some
+    For :func:`check_replicas`. Takes as long as Python's garbage collection, some
     ten milliseconds. There is no other way: the hooks by which DDP learns of a gradient
-    cannot be seen from the parameter.
+    cannot be seen from the parameter. Not found is what ``gc.freeze`` has hidden.
     """
     wanted = set(parameters)
     return [
@@ -97,33 +97,53 @@ def ddp_models(
     ]
 
 
-def refuse_single_pass(
+def check_replicas(
     models: Iterable[weakref.ref[DistributedDataParallel]],
+    *,
+    averaged: bool,
+    unasked: bool,
 ) -> None:
-    """Refuse several passes through a DDP model that will average the first one only.
+    """Refuse several passes through DDP models that would not average them all.
 
     torch raises if the tasks reach different parameters. If they reach the same ones the
     later passes stay local, and the ranks drift apart without an error.
 
+    Args:
+        models: what :func:`ddp_models` found.
+        averaged: whether :class:`Ranks` will average the passes.
+        unasked: whether nobody has said that they shall stay as they are.
+
     Raises:
-        RuntimeError: if the last forward pass of a model ran outside ``no_sync``.
+        RuntimeError: if the last forward pass of a model prepared for one pass; or for
+            none, with several ranks, not ``averaged`` and ``unasked``.
+        ValueError: if the model has ``static_graph``, or its parameters are shards.
     """
     for reference in models:
         model = reference()
-        if model is not None and _expects_one_pass(model):
+        # Lightning calls training_step, and that backward, in the middle of a forward
+        # pass, and prepares each backward pass by itself.
+        if model is None or DistributedDataParallel._active_ddp_module is model:
+            continue
+        mesh = getattr(model, "device_mesh", None)
+        if mesh is not None and mesh._get_root_mesh() != mesh:
+            raise ValueError(
+                "parameters must not be shards that DDP has made plain tensors of: "
+                "leave DDP out and pass the data-parallel group as sync_group"
+            )
+        # By this flag the forward pass notes whether it ran under no_sync; before the
+        # first forward pass it is True, too.
+        if model.require_forward_param_sync and model._lazy_init_ran:
             raise RuntimeError(
                 "losses need one backward pass each, but the DDP model of these "
                 f"parameters averages the first one only: {_CURE}"
             )
-
-
-def _expects_one_pass(model: DistributedDataParallel) -> bool:
-    """Say whether the last forward pass prepared for a backward pass that averages."""
-    # By this flag the forward pass notes whether it ran under no_sync. Lightning calls
-    # training_step, and that backward, in the middle of one, and prepares each pass.
-    inside = DistributedDataParallel._active_ddp_module is model
-    used = model._lazy_init_ran  # before the first forward pass the flag is True, too
-    return bool(model.require_forward_param_sync) and used and not inside
+        alone = model.process_group.size() == 1
+        if model._lazy_init_ran and unasked and not (averaged or alone):
+            raise RuntimeError(
+                "losses would give other gradients on every rank, since the DDP model of "
+                "these parameters last ran inside no_sync(): pass sync_group=model to "
+                "backward(), or sync_group=False if you average them yourself"
+            )
 
 
 class Ranks:
@@ -131,15 +151,25 @@ class Ranks:
 
     The messages, the same and in the same order on every rank: one about the tasks and
     parameters; then for each average one about which parameters have a gradient, two
-    bytes each, and the gradients. A rank that fails says so in one of the former, so
-    that the others fail with it instead of waiting.
+    bytes each, and the gradients; one at the end, and the weights. A rank that fails
+    says so in one that is about something, so that the others fail with it instead of
+    waiting.
 
     Args:
         group: the ranks.
+        model: their DDP model, if known. It fixes the order of the parameters, which
+            are else taken in that of the optimizer, and which of them to leave alone.
     """
 
-    def __init__(self, group: "ProcessGroup") -> None:
+    def __init__(
+        self, group: "ProcessGroup", model: DistributedDataParallel | None = None
+    ) -> None:
         self._group = group
+        self._members = {*dist.get_process_group_ranks(group)}
+        named = [] if model is None else list(model.module.named_parameters())
+        self._places = {parameter: place for place, (_, parameter) in enumerate(named)}
+        ignored = set() if model is None else model.parameters_to_ignore
+        self._ignored = {parameter for name, parameter in named if name in ignored}
         self._rank, self._size = group.rank(), group.size()
         # The host reads what is agreed: on the CPU without waiting for the device.
         on_cpu = "cpu:" in dist.get_backend_config(group)
@@ -159,13 +189,10 @@ class Ranks:
             ValueError: if ranks differ in the tasks or in the parameters.
             RuntimeError: if a rank failed or does not answer.
         """
-        plain = [_replicated(part) for part in parts]
-        # Of integers alone: Python hashes strings differently in each process.
-        kinds = hash(
-            tuple(tuple((*p.shape, p.dtype.itemsize) for p in part) for part in plain)
-        )
+        local_ones = [self._to_average(part) for part in parts]
+        kinds = [(tuple(p.shape), p.dtype) for part in local_ones for p in part]
         table = torch.zeros(self._size, 3, dtype=torch.int64)
-        table[self._rank] = torch.tensor([len(names), _digest(names), kinds & _LARGEST])
+        table[self._rank] = torch.tensor([len(names), _digest(names), _digest(kinds)])
         rows = self._tell(table.flatten()).view(-1, 3).tolist()
         if any(row[:2] != rows[0][:2] for row in rows):
             told: list[list[str]] = [[]] * self._size
@@ -178,11 +205,12 @@ class Ranks:
         odd = [rank for rank, row in enumerate(rows) if row != rows[0]]
         if odd:
             raise ValueError(
-                "parameters must be the same, and the same ones frozen, on all ranks, "
-                f"got others on rank(s) {odd} than on rank 0"
+                "parameters must be the same, in the same order and the same ones frozen, "
+                f"on all ranks, got others on rank(s) {odd} than on rank 0"
             )
+        lengths = [2 * len(part) for part in local_ones]
         self._expected = [
-            torch.zeros(2 * len(part), dtype=torch.uint8) for part in plain
+            torch.zeros(length, dtype=torch.uint8) for length in [*lengths, 0]
         ]
 
     def average(
@@ -195,8 +223,8 @@ class Ranks:
 
         Args:
             gradients: of this rank, by parameter. Nothing else may hold them.
-            parameters: those that may have one. DTensors are passed over: what they
-                have is complete.
+            parameters: those that may have one. DTensors on a mesh of all these ranks
+                are passed over: what they have is complete.
 
         Returns:
             What waits for the end and leaves the means in ``gradients``.
@@ -204,30 +232,47 @@ class Ranks:
         Raises:
             RuntimeError: if a rank failed or does not answer; so does what is returned.
         """
-        plain = _replicated(parameters)
-        mine = [gradients.get(parameter) for parameter in plain]
+        wanted = self._to_average(parameters)
+        mine = [gradients.get(parameter) for parameter in wanted]
         dense = [grad is not None and not grad.is_sparse for grad in mine]
         sparse = [grad is not None and grad.is_sparse for grad in mine]
-        flags = torch.tensor([*dense, *sparse], dtype=torch.uint8)
-        flags = self._tell(flags)
+        flags = self._tell(torch.tensor([*dense, *sparse], dtype=torch.uint8))
         dense, sparse = flags.view(2, -1).tolist()
-        dense_ones = [p for p, has in zip(plain, dense, strict=True) if has]
+        dense_ones = [p for p, has in zip(wanted, dense, strict=True) if has]
         # One that is dense on some rank travels as a dense one.
         sparse_ones = [
             parameter
-            for parameter, has, others in zip(plain, sparse, dense, strict=True)
+            for parameter, has, others in zip(wanted, sparse, dense, strict=True)
             if has and not others
         ]
-        with self._explained():
+        try:
             ends = [self._start(gradients, pack) for pack in _packs(dense_ones)]
             ends += [self._start_sparse(gradients, p) for p in sparse_ones]
+        except Exception:
+            self._expected.clear()  # the others wait for gradients, not for words
+            raise
 
+        @torch.no_grad()
         def end() -> None:
-            with self._explained(), torch.no_grad():
-                for wait in ends:
-                    wait()
+            for wait in ends:
+                wait()
 
         return end
+
+    def settle(self, weights: Tensor) -> Tensor:
+        """See that no rank failed, and take the weights of the first rank.
+
+        A weighting may draw at random, and even one that does not may see other last
+        digits on another processor.
+
+        Raises:
+            RuntimeError: if a rank failed or does not answer.
+        """
+        self._tell(self._expected[0])
+        weights = weights.contiguous()
+        with self._explained():
+            dist.broadcast(weights, group=self._group, group_src=0)
+        return weights
 
     def fail(self) -> None:
         """Tell the other ranks that this one failed, if they wait for it."""
@@ -235,6 +280,32 @@ class Ranks:
         with suppress(RuntimeError):
             if self._expected:
                 self._tell(self._expected[0], failed=True)
+
+    def _to_average(self, parameters: Iterable[Tensor]) -> list[Tensor]:
+        """List the parameters whose gradients differ between the ranks, in their order."""
+        wanted = [
+            parameter
+            for parameter in parameters
+            if parameter not in self._ignored and not self._is_complete(parameter)
+        ]
+        last = len(self._places)
+        return sorted(wanted, key=lambda parameter: self._places.get(parameter, last))
+
+    def _is_complete(self, parameter: Tensor) -> bool:
+        """Say whether the gradients of a parameter are averaged already: DTensors.
+
+        Raises:
+            ValueError: if some of the ranks share it, and others do not.
+        """
+        if not is_dtensor(parameter):
+            return False
+        met = self._members & {*parameter.device_mesh.mesh.flatten().tolist()}
+        if 1 < len(met) < len(self._members):
+            raise ValueError(
+                "sync_group must hold all ranks of the mesh of a DTensor or one of them, "
+                f"got {sorted(self._members)} for {parameter.device_mesh}"
+            )
+        return met == self._members
 
     def _tell(self, payload: Tensor, *, failed: bool = False) -> Tensor:
         """Give whole numbers, and take the largest that any rank gave.
@@ -266,6 +337,17 @@ class Ranks:
             self._expected.clear()  # nothing more can be told
             raise RuntimeError(f"{_absence(self._group)}: {error}") from error
 
+    def _sum(self, tensor: Tensor) -> Callable[[], None]:
+        """Start to sum over the ranks, in place; give what waits for it."""
+        with self._explained():
+            work = dist.all_reduce(tensor, group=self._group, async_op=True)
+
+        def wait() -> None:
+            with self._explained():
+                work.wait()
+
+        return wait
+
     def _start(
         self, gradients: dict[Tensor, Tensor], pack: list[Tensor]
     ) -> Callable[[], None]:
@@ -277,22 +359,22 @@ class Ranks:
                 grad = torch.zeros_like(parameter, requires_grad=False)
             elif grad.is_sparse:  # where another rank has a dense one
                 grad = grad.to_dense()
-            gradients[parameter] = grad
-            grads.append(_real(grad))
+            gradients[parameter] = grad = grad.resolve_conj().resolve_neg()
+            grads.append(_real(local(grad)))
         # In place if it can be: flatten copies only what is not contiguous.
         flat = grads[0].flatten() if len(pack) == 1 else _packed(grads)
         # Before they are summed, as in DDP: a sum of halves may overflow.
         flat /= self._size
-        work = dist.all_reduce(flat, group=self._group, async_op=True)
+        wait = self._sum(flat)
 
-        def wait() -> None:
-            work.wait()
+        def end() -> None:
+            wait()
             means = flat.split_with_sizes([grad.numel() for grad in grads])
             for grad, mean in zip(grads, means, strict=True):
                 if grad.data_ptr() != mean.data_ptr():
                     grad.copy_(mean.view(grad.shape))
 
-        return wait
+        return end
 
     def _start_sparse(
         self, gradients: dict[Tensor, Tensor], parameter: Tensor
@@ -301,20 +383,21 @@ class Ranks:
         grad = gradients.get(parameter)
         if grad is None:
             grad = torch.zeros_like(parameter, layout=torch.sparse_coo)
-        flat = grad.coalesce() / self._size
-        work = dist.all_reduce(flat, group=self._group, async_op=True)
+        mean = grad.coalesce() / self._size
+        wait = self._sum(mean)
 
-        def wait() -> None:
-            work.wait()
-            gradients[parameter] = flat
+        def end() -> None:
+            wait()
+            gradients[parameter] = mean
 
-        return wait
+        return end
 
 
 @contextmanager
-def together(group: "ProcessGroup") -> Iterator[Ranks]:
+def together(sync_group: SyncGroup) -> Iterator[Ranks]:
     """Fail together: an exception on this rank is told to the others."""
-    ranks = Ranks(group)
+    model = sync_group if isinstance(sync_group, DistributedDataParallel) else None
+    ranks = Ranks(process_group(sync_group), model)
     try:
         yield ranks
     except Exception:
@@ -369,15 +452,9 @@ def sum_over(groups: "Iterable[ProcessGroup]", tensor: Tensor) -> Tensor:
     return tensor
 
 
-_LARGEST = 2**63 - 1  # int64
-
-
-def _replicated(parameters: Iterable[Tensor]) -> list[Tensor]:
-    return [parameter for parameter in parameters if not is_dtensor(parameter)]
-
-
-def _digest(names: Sequence[str]) -> int:
-    digest = hashlib.blake2b(repr(list(names)).encode(), digest_size=7).digest()
+def _digest(given: Sequence[object]) -> int:
+    """Give a number that is the same in every process, and fits an int64."""
+    digest = hashlib.blake2b(repr(list(given)).encode(), digest_size=7).digest()
     return int.from_bytes(digest, "big")
 
 
@@ -419,7 +496,9 @@ def _mark(group: "ProcessGroup") -> None:
 
 def _store(group: "ProcessGroup") -> "Store | None":
     """Find the store of a group, but one in a file, which grows with every word."""
-    store = under = group.get_group_store()
+    # Older versions of torch do not give it away.
+    store: Any = getattr(group, "get_group_store", lambda: None)()
+    under = store
     while hasattr(under, "underlying_store"):
         under = under.underlying_store
     return None if type(under).__name__ == "FileStore" else store

@@ -41,7 +41,10 @@ _DEVICE_BLOCK = 2**22
 # have too few blocks for that.
 _LONG = 2**19
 # Tensors up to this size are packed: their arithmetic costs less than a call of torch.
-_SMALL = 2**15
+_SMALL = 2**14
+# A pack has this many elements of a task and one tensor more at most, so that packing
+# takes no memory to speak of, however many small tensors there are.
+_PACK = 2**16
 
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -225,7 +228,7 @@ def _products(parameters: list[_Entries], tasks: int, *, sharded: bool) -> Tenso
             quick.append(flat)
         else:
             products.append(_multiply_large(flat, tasks))
-    products += [_multiply_packed(rows) for rows in _packed(small, tasks)]
+    products += [_multiply_packed(_packed(pack, tasks)) for pack in _packs(small)]
     total = _sum([*products, *(_multiply_as_they_are(flat, tasks) for flat in quick)])
     if quick and _in_doubt(total):
         total = _sum([*products, *(_multiply_large(flat, tasks) for flat in quick)])
@@ -239,23 +242,32 @@ def _sum(products: list[Tensor]) -> Tensor:
     return total.triu() + total.triu(1).T
 
 
-def _packed(parameters: list[_Entries], tasks: int) -> list[Tensor]:
-    """Lay flat gradients of a kind side by side: ``[K, n]``, zeros where missing."""
-    kinds: dict[object, list[_Entries]] = defaultdict(list)
+def _packs(parameters: list[_Entries]) -> list[list[_Entries]]:
+    """Group flat gradients of a kind, so many that a group is worth its calls."""
+    packs: list[list[_Entries]] = []
+    filling: dict[object, list[_Entries]] = {}
+    sizes: dict[object, int] = defaultdict(int)
     for entries in parameters:
         first = _first(entries)
-        kinds[first.dtype, first.device].append(entries)
-    packed = []
-    for kind in kinds.values():
-        sizes = [len(_first(entries)) for entries in kind]
-        zeros = _first(kind[0]).new_zeros(max(sizes))
-        parts = [
-            entries[task] if task in entries else zeros[:size]
-            for task in range(tasks)
-            for entries, size in zip(kind, sizes, strict=True)
-        ]
-        packed.append(torch.cat(parts).view(tasks, -1))
-    return packed
+        kind = first.dtype, first.device
+        if kind not in filling or sizes[kind] > _PACK:
+            filling[kind], sizes[kind] = [], 0
+            packs.append(filling[kind])
+        filling[kind].append(entries)
+        sizes[kind] += len(first)
+    return packs
+
+
+def _packed(pack: list[_Entries], tasks: int) -> Tensor:
+    """Lay flat gradients side by side: ``[K, n]``, zeros where one is missing."""
+    sizes = [len(_first(entries)) for entries in pack]
+    zeros = _first(pack[0]).new_zeros(max(sizes))
+    parts = [
+        entries[task] if task in entries else zeros[:size]
+        for task in range(tasks)
+        for entries, size in zip(pack, sizes, strict=True)
+    ]
+    return torch.cat(parts).view(tasks, -1)
 
 
 def _multiply_packed(rows: Tensor) -> Tensor:

@@ -36,16 +36,18 @@ from ghopt.backward import (
     as_in_total,
     collect,
     named_losses,
+    out_of_reach,
     set_aside,
     weigh,
     weighted_sum,
 )
 from ghopt.distributed import (
+    Ranks,
     SyncGroup,
     beside,
+    check_replicas,
     ddp_models,
     process_group,
-    refuse_single_pass,
     together,
 )
 from ghopt.geometry import Weighting, gh
@@ -87,14 +89,16 @@ class _Progress:
             by the name of the task.
         summed: those of the other parameters, of all tasks.
         last: what the last harmonization found and did.
-        models: the DDP models of the parameters; None before they were looked for.
+        calls: of ``backward`` that several ranks may concern.
+        models: the DDP models of the parameters, as last looked for.
         age: number of backward calls that the weights in ``last`` have served.
     """
 
     collected: dict[str, Collected] = field(default_factory=dict)
     summed: Collected = field(default_factory=dict)
     last: Harmonization | None = None
-    models: list[weakref.ref[DistributedDataParallel]] | None = None
+    calls: int = 0
+    models: list[weakref.ref[DistributedDataParallel]] = field(default_factory=list)
     age: int = 0
 
     def forget(self) -> None:
@@ -213,8 +217,10 @@ class HarmonizedOptimizer(Optimizer):
                 are harmonized: a DDP model, with this call *and* the forward pass
                 inside its ``no_sync()``; or a process group, or True for the default
                 one. Nothing is sent where ``accumulate_only``. With a model, its
-                parameters outside this optimizer are averaged, too. DTensors (FSDP2,
-                tensor parallelism) need none.
+                parameters outside this optimizer are averaged, too, and parameters may
+                stand in the groups in any order. DTensors whose mesh holds these ranks
+                (FSDP2) are averaged already. All ranks take the weights of the first.
+                False: leave the gradients of each rank as they are, on purpose.
 
         Raises:
             TypeError: if ``losses`` is not iterable, a loss or ``total`` no tensor,
@@ -228,16 +234,18 @@ class HarmonizedOptimizer(Optimizer):
                 used.
             RuntimeError: if a pass fails, with its cure if a compiled model fails for
                 donated buffers; if another rank fails or does not come; if a DDP model
-                of the parameters would average the first pass only.
+                of the parameters would average the first pass only, or none.
         """
         if backward_fn is not None and not callable(backward_fn):
             raise TypeError(f"backward_fn must be callable, got {backward_fn!r}")
-        group = process_group(sync_group) if sync_group else None
+        # By identity: a compiled module cannot say whether it is true.
+        group = None if sync_group is False else sync_group
+        if group is not None:
+            process_group(group)
         shared, rest = self._parameters()
-        outside = beside(sync_group, [*shared, *rest])
-        with (
-            nullcontext() if accumulate_only or not group else together(group) as ranks
-        ):
+        outside = beside(group, [*shared, *rest])
+        talks = nullcontext() if group is None or accumulate_only else together(group)
+        with talks as ranks:
             named = named_losses(losses)
             if total is not None:
                 named = as_in_total(named, total)
@@ -246,8 +254,12 @@ class HarmonizedOptimizer(Optimizer):
             if reused:
                 named = _in_one(named, reused)
             passes = sum(loss.requires_grad for loss in named.values())
-            if passes > 1 or group:
-                self._refuse_single_pass([*shared, *rest])
+            if passes > 1 or group is not None:
+                self._check_replicas(
+                    [*shared, *rest],
+                    averaged=group is not None or accumulate_only,
+                    unasked=sync_group is None,
+                )
             if progress.collected and progress.collected.keys() != named.keys():
                 before, now = [*progress.collected], [*named]
                 raise ValueError(f"losses must be those of tasks {before}, got {now}")
@@ -261,23 +273,32 @@ class HarmonizedOptimizer(Optimizer):
             with set_aside([*shared, *rest]) as grads:
                 for parameter in rest:
                     parameter.grad = summed.pop(parameter, None)
-                collect(
-                    list(named.values()),
-                    shared,
-                    rest,
-                    collected,
-                    retain_graph=retain_graph,
-                    backward_fn=backward_fn,
-                    ranks=ranks,
-                    outside=outside,
-                )
+                with out_of_reach(grads):
+                    collect(
+                        list(named.values()),
+                        shared,
+                        rest,
+                        collected,
+                        retain_graph=retain_graph,
+                        backward_fn=backward_fn,
+                        ranks=ranks,
+                        outside=outside,
+                    )
+                if not any(collected):
+                    which = "parameter" if self._shared is None else "shared parameter"
+                    raise ValueError(
+                        f"losses must reach a {which} of this optimizer, got none"
+                    )
                 sums = [parameter.grad for parameter in rest]
                 if accumulate_only:
                     added: list[Tensor | None] = [None] * len(grads)
                 elif reused:
-                    added = [collected[0].get(parameter) for parameter in shared]
+                    if ranks is not None:
+                        ranks.settle(reused.weights)
+                    added = [collected[0].get(parameter) for parameter in shared] + sums
                 else:
-                    added = [*self._harmonize(tuple(named), shared, collected), *sums]
+                    harmonized = self._harmonize([*named], shared, collected, ranks)
+                    added = [*harmonized, *sums]
                 for parameter, grad, more in zip(
                     [*shared, *rest], grads, added, strict=True
                 ):
@@ -304,7 +325,8 @@ class HarmonizedOptimizer(Optimizer):
                 ``zero_grad()`` and ``backward(losses)`` follow, and the base is given
                 their sum.
             losses: as for ``backward``: a shorthand for ``zero_grad()``,
-                ``backward(losses)``, ``step()``.
+                ``backward(losses)``, ``step()``. With several ranks, as with a closure
+                that returns losses, call them one by one, for ``sync_group``.
 
         Returns:
             What the base optimizer returns.
@@ -497,13 +519,16 @@ class HarmonizedOptimizer(Optimizer):
         young = 0 < progress.age < self.measure_every
         return last if young and last and {*last.names} == losses.keys() else None
 
-    def _refuse_single_pass(self, parameters: list[Tensor]) -> None:
-        """See that no DDP model will average the first pass and miss the others."""
-        if dist.is_available() and dist.is_initialized():
-            progress = self._progress
-            if progress.models is None:
-                progress.models = ddp_models(parameters)
-            refuse_single_pass(progress.models)
+    def _check_replicas(self, parameters: list[Tensor], **how: bool) -> None:
+        """See that the DDP models of the parameters leave averaging to us, or do it."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return
+        progress = self._progress
+        progress.calls += 1
+        # A model may be wrapped later, and to search takes too long for every step.
+        if progress.calls & (progress.calls - 1) == 0:
+            progress.models = ddp_models(parameters)
+        check_replicas(progress.models, **how)
 
     def _placed(self) -> Iterator[tuple[tuple[int, int], Tensor]]:
         """Yield the parameters with their places: number of the group, number in it."""
@@ -536,18 +561,21 @@ class HarmonizedOptimizer(Optimizer):
         return frozenset(place for place, p in self._placed() if p in members)
 
     def _harmonize(
-        self, names: tuple[str, ...], shared: list[Tensor], collected: list[Collected]
+        self,
+        names: list[str],
+        shared: list[Tensor],
+        collected: list[Collected],
+        ranks: Ranks | None,
     ) -> list[Tensor | None]:
         """Combine the gradients of the tasks, and note how."""
-        if not any(collected):
-            which = "parameter" if self._shared is None else "shared parameter"
-            raise ValueError(f"losses must reach a {which} of this optimizer, got none")
         gradients = [
             [task.get(parameter) for parameter in shared] for task in collected
         ]
         products = gramian(gradients)
         weights = weigh(self.weighting, products)
-        self._progress.last = Harmonization(names, products, weights)
+        if ranks is not None:
+            weights = ranks.settle(weights)
+        self._progress.last = Harmonization(tuple(names), products, weights)
         return combine(gradients, weights)
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp import GradScaler
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW
 from torch.testing import assert_close
@@ -187,6 +188,8 @@ def two_optimizers_step(shared_only: bool) -> list[Tensor | None]:
         optimizer = HarmonizedOptimizer(SGD(trunk))
     with ddp.no_sync():
         losses = ddp(*share(*models.batch(2)))
+        if dist.get_rank() == 1:  # the second head is reached on the other one only
+            losses[1] = losses[1].detach() + 0 * losses[0]
         optimizer.backward(losses, sync_group=ddp)
     return grads_of(model)
 
@@ -195,7 +198,10 @@ def two_optimizers_step(shared_only: bool) -> list[Tensor | None]:
 def test_parameters_that_get_the_plain_sum_are_averaged_too(shared_only: bool) -> None:
     model = models.make(models.heads_on_a_trunk, 2)
     optimizer = HarmonizedOptimizer(SGD(model.trunk.parameters()))
-    optimizer.backward(model(*models.batch(2)))
+    inputs, targets = models.batch(2)
+    first = model(inputs, targets)[0]
+    second = model(inputs[:8], targets[:, :8])[1] / 2
+    optimizer.backward([first, second])
     for grads in run_on_ranks(2, two_optimizers_step, shared_only):
         assert_close(grads, grads_of(model), rtol=1e-12, atol=1e-12)
 
@@ -373,9 +379,11 @@ def test_a_single_loss_may_leave_the_averaging_to_ddp() -> None:
         assert_close(grads, grads_of(model), rtol=1e-12, atol=1e-12)
 
 
-def rearmed_step() -> list[Tensor | None]:
+def rearmed_steps(views: bool) -> list[tuple[Tensor, Tensor] | None]:
     """Let DDP average each pass by itself, as Lightning does in its manual_backward."""
-    ddp, optimizer, model = ddp_step(find_unused_parameters=True)
+    ddp, optimizer, model = ddp_step(
+        find_unused_parameters=True, gradient_as_bucket_view=views
+    )
     with ddp.no_sync():
         losses = ddp(*share(*models.batch(2)))
 
@@ -384,15 +392,24 @@ def rearmed_step() -> list[Tensor | None]:
         ddp.reducer.prepare_for_backward([loss])
         loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]  # torch's
 
-    optimizer.backward(losses, backward_fn=rearm)
-    return grads_of(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.backward(losses, backward_fn=rearm, sync_group=False)
+    before = [None if grad is None else grad.clone() for grad in grads_of(model)]
+    with ddp.no_sync():  # once more, on top of gradients that may lie in buckets
+        losses = ddp(*share(*models.batch(2)))
+    optimizer.backward(losses, backward_fn=rearm, sync_group=False)
+    pairs = zip(before, grads_of(model), strict=True)
+    return [None if a is None or b is None else (a - 1, b - a) for a, b in pairs]
 
 
-def test_a_backward_fn_that_lets_ddp_average_every_pass_is_not_refused() -> None:
+@pytest.mark.parametrize("views", [False, True])
+def test_a_backward_fn_may_let_ddp_average_every_pass(views: bool) -> None:
     model = models.make(models.heads_on_a_trunk, 2)
     HarmonizedOptimizer(SGD(model.parameters())).backward(model(*models.batch(2)))
-    for grads in run_on_ranks(2, rearmed_step):
-        assert_close(grads, grads_of(model), rtol=1e-12, atol=1e-12)
+    expected = [(grad, grad) for grad in grads_of(model)]
+    for added in run_on_ranks(2, rearmed_steps, views):
+        assert_close(added, expected, rtol=1e-12, atol=1e-12)
 
 
 def unused_model_step() -> None:
@@ -432,6 +449,61 @@ def test_a_group_without_distributed_training_is_refused() -> None:
     with pytest.raises(ValueError, match=r"needs init_process_group\(\), got True"):
         optimizer.backward(losses, sync_group=True)
     optimizer.backward(losses, sync_group=False)
+
+
+def local_step(group: Any) -> str:
+    ddp, optimizer, model = ddp_step()
+    with ddp.no_sync():
+        losses = ddp(*share(*models.batch(2)))
+        try:
+            optimizer.backward(losses, sync_group=group)
+        except (RuntimeError, TypeError) as error:
+            assert all(grad is None for grad in grads_of(model))
+            return str(error)
+    return ""
+
+
+def test_gradients_that_would_stay_local_are_refused_unless_that_is_asked_for() -> None:
+    for error in run_on_ranks(2, local_step, None):
+        assert "pass sync_group=model to backward(), or sync_group=False" in error
+    assert run_on_ranks(2, local_step, False) == ["", ""]
+    assert run_on_ranks(1, local_step, None) == [""]
+
+
+def compiled_group() -> str:
+    ddp, optimizer, _ = ddp_step()
+    group: Any = torch.compile(ddp)
+    with ddp.no_sync():
+        losses = ddp(*models.batch(2))
+        try:
+            optimizer.backward(losses, sync_group=group)
+        except TypeError as error:
+            return str(error)
+    return ""
+
+
+def test_a_compiled_model_is_no_group() -> None:
+    (error,) = run_on_ranks(1, compiled_group)
+    assert error.startswith("sync_group must be a DDP model")
+
+
+def wrapped_later() -> list[str]:
+    model = models.make(models.heads_on_a_trunk, 2)
+    optimizer = HarmonizedOptimizer(SGD(model.parameters()))
+    optimizer.backward(model(*models.batch(2)))
+    ddp = DistributedDataParallel(model)
+    errors = []
+    for _ in range(3):
+        try:
+            optimizer.backward(ddp(*models.batch(2)))
+        except RuntimeError as error:
+            errors.append(str(error))
+    return errors
+
+
+def test_a_model_that_is_wrapped_later_is_found_before_long() -> None:
+    for errors in run_on_ranks(2, wrapped_later):
+        assert any("averages the first one only" in error for error in errors)
 
 
 # Ranks that disagree, fail or stay away
@@ -474,6 +546,26 @@ def test_ranks_that_disagree_on_the_parameters_are_named() -> None:
         assert "others on rank(s) [1] than on rank 0" in error
 
 
+def mixed_up_halves() -> str:
+    model = models.make(models.heads_on_a_trunk, 2)
+    model.to(torch.bfloat16 if dist.get_rank() else torch.float16)
+    optimizer = HarmonizedOptimizer(SGD(model.parameters()))
+    inputs, targets = models.batch(2)
+    kind = model.heads[0].weight.dtype
+    assert isinstance(kind, torch.dtype)
+    try:
+        losses = model(inputs.to(kind), targets.to(kind))
+        optimizer.backward(losses, sync_group=True)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_with_other_dtypes_of_the_same_size_are_named() -> None:
+    for error in run_on_ranks(2, mixed_up_halves):
+        assert "others on rank(s) [1] than on rank 0" in error
+
+
 @pytest.mark.parametrize(
     ("about", "told"), [("no losses", "at least one loss"), ("no tensor", "a tensor")]
 )
@@ -481,6 +573,106 @@ def test_bad_losses_on_one_rank_are_an_error_on_all(about: str, told: str) -> No
     first, second = run_on_ranks(2, disagreeing, about)
     assert told in second
     assert first.startswith("rank(s) [1] failed in backward()")
+
+
+def on_one_rank(gramian: Tensor) -> Tensor:
+    if dist.get_rank() == 1:
+        raise torch.OutOfMemoryError("in the weighting")
+    return gramian.diagonal()
+
+
+def failing_weighting() -> str:
+    model = models.make(models.heads_on_a_trunk, 2)
+    optimizer = HarmonizedOptimizer(SGD(model.parameters()), on_one_rank)
+    try:
+        optimizer.backward(model(*models.batch(2)), sync_group=True)
+    except torch.OutOfMemoryError:
+        assert dist.get_rank() == 1
+        return "its own"
+    except RuntimeError as error:
+        assert all(grad is None for grad in grads_of(model))
+        return str(error)
+    return ""
+
+
+def test_a_weighting_that_fails_on_one_rank_is_an_error_on_all() -> None:
+    first, second = run_on_ranks(2, failing_weighting)
+    assert first.startswith("rank(s) [1] failed in backward()")
+    assert second == "its own"
+
+
+def random_weights(gramian: Tensor) -> Tensor:
+    return torch.full_like(gramian.diagonal(), 1.0 + dist.get_rank())
+
+
+def random_step() -> list[Tensor | None]:
+    model = models.make(models.heads_on_a_trunk, 2)
+    optimizer = HarmonizedOptimizer(SGD(model.parameters()), random_weights)
+    optimizer.backward(model(*share(*models.batch(2))), sync_group=True)
+    return grads_of(model)
+
+
+def test_a_weighting_that_draws_at_random_gives_all_ranks_the_same() -> None:
+    model = models.make(models.heads_on_a_trunk, 2)
+    sum(model(*models.batch(2))).backward()
+    for grads in run_on_ranks(2, random_step):
+        assert_close(grads, grads_of(model), rtol=1e-12, atol=1e-12)
+
+
+def shuffled_step() -> list[Tensor | None]:
+    """The parameters stand in another order on each rank."""
+    model = models.make(models.one_head_for_all, 2)
+    ddp = DistributedDataParallel(model)
+    parameters = list(model.parameters())
+    optimizer = HarmonizedOptimizer(SGD(parameters[:: 1 - 2 * dist.get_rank()]))
+    with ddp.no_sync():
+        optimizer.backward(ddp(*share(*models.batch(2))), sync_group=ddp)
+    return grads_of(model)
+
+
+def test_a_model_fixes_the_order_of_the_parameters() -> None:
+    model = models.make(models.one_head_for_all, 2)
+    HarmonizedOptimizer(SGD(model.parameters())).backward(model(*models.batch(2)))
+    for grads in run_on_ranks(2, shuffled_step):
+        assert_close(grads, grads_of(model), rtol=1e-12, atol=1e-12)
+
+
+def ignoring_step() -> bool:
+    model = models.make(models.heads_on_a_trunk, 2)
+    ignored = ["heads.1.bias"]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(  # type: ignore[no-untyped-call]  # torch's
+        model, ignored
+    )
+    ddp = DistributedDataParallel(model)
+    optimizer = HarmonizedOptimizer(SGD(model.parameters()), lambda g: g.new_ones(2))
+    inputs, targets = share(*models.batch(2))
+    with ddp.no_sync():
+        optimizer.backward(ddp(inputs, targets), sync_group=ddp)
+    grad, bias = model.heads[1].bias.grad, model.heads[1].bias
+    assert isinstance(bias, Tensor)
+    (alone,) = torch.autograd.grad(model(inputs, targets)[1], bias)
+    return torch.equal(torch.as_tensor(grad), alone)
+
+
+def test_parameters_that_ddp_is_told_to_ignore_stay_local() -> None:
+    assert run_on_ranks(2, ignoring_step) == [True, True]
+
+
+def counted_step() -> tuple[int, int]:
+    """Count the messages of a micro-batch that is not the last, and of the last."""
+    ddp, optimizer, _ = ddp_step()
+    counts = []
+    for last in [False, True]:
+        with ddp.no_sync(), CommDebugMode() as sent:  # type: ignore[no-untyped-call]  # torch's
+            losses = ddp(*share(*models.batch(2)))
+            optimizer.backward(losses, sync_group=ddp, accumulate_only=not last)
+        counts.append(sent.get_total_counts())
+    return counts[0], counts[1]
+
+
+def test_nothing_is_sent_before_the_last_micro_batch() -> None:
+    for before, last in run_on_ranks(2, counted_step):
+        assert before == 0 < last
 
 
 def failing_pass(task: int) -> str:
@@ -603,23 +795,39 @@ def test_nan_on_one_rank_is_seen_on_all() -> None:
 # Groups and optimizers of other kinds
 
 
-def half_of_the_ranks_step() -> list[Tensor | None]:
+def sparse_embedding(tasks: int) -> Tasks:
+    model = models.embedding(tasks)
+    model.trunk.table.sparse = True  # type: ignore[union-attr]  # an nn.Embedding
+    return model
+
+
+def half_of_the_ranks_step(with_model: bool) -> list[Tensor | None]:
+    """The halves have tasks of their own, and their own messages."""
     groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-    model = models.make(models.heads_on_a_trunk, 2)
-    optimizer = HarmonizedOptimizer(SGD(model.parameters()))
     half, rank = divmod(dist.get_rank(), 2)
-    inputs, targets = models.batch(2, seed=half)
-    losses = model(inputs.chunk(2)[rank], targets.chunk(2, dim=1)[rank])
-    optimizer.backward(losses, sync_group=groups[half])
-    return grads_of(model)
+    network = models.heads_on_a_trunk if with_model else sparse_embedding
+    model = models.make(network, 2 + half)
+    inputs, targets = models.batch(2 + half, seed=half)
+    inputs, targets = inputs.chunk(2)[rank], targets.chunk(2, dim=1)[rank]
+    optimizer = HarmonizedOptimizer(SGD(model.parameters()))
+    if with_model:
+        ddp = DistributedDataParallel(model, process_group=groups[half])
+        with ddp.no_sync():
+            optimizer.backward(ddp(inputs, targets), sync_group=ddp)
+    else:
+        optimizer.backward(model(inputs, targets), sync_group=groups[half])
+    return [None if grad is None else grad.to_dense() for grad in grads_of(model)]
 
 
-def test_a_group_averages_over_its_own_ranks() -> None:
-    outcomes = run_on_ranks(4, half_of_the_ranks_step)
+@pytest.mark.parametrize("with_model", [False, True])
+def test_a_group_averages_over_its_own_ranks(with_model: bool) -> None:
+    outcomes = run_on_ranks(4, half_of_the_ranks_step, with_model)
     for rank, grads in enumerate(outcomes):
-        model = models.make(models.heads_on_a_trunk, 2)
+        half = rank // 2
+        network = models.heads_on_a_trunk if with_model else models.embedding
+        model = models.make(network, 2 + half)
         optimizer = HarmonizedOptimizer(SGD(model.parameters()))
-        optimizer.backward(model(*models.batch(2, seed=rank // 2)))
+        optimizer.backward(model(*models.batch(2 + half, seed=half)))
         assert_close(grads, grads_of(model), rtol=1e-12, atol=1e-12)
 
 

@@ -207,6 +207,86 @@ def test_tensor_parallel_layers_equal_one_process(norm: str) -> None:
         assert_close(weights, expected, rtol=1e-12, atol=1e-12)
 
 
+def train_tensor_parallel_replicas() -> dict[str, Tensor]:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    model = models.make(full_layers, 2)
+    plan: dict[str, Any] = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    parallelize_module(model.trunk, mesh["tp"], plan)
+    optimizer = HarmonizedOptimizer(AdamW(model.parameters(), lr=0.01))
+    group, rank = mesh["dp"].get_group(), mesh["dp"].get_local_rank()
+    for step in range(STEPS):
+        inputs, targets = models.batch(2, step)
+        losses = model(inputs.chunk(2)[rank], targets.chunk(2, dim=1)[rank])
+        optimizer.zero_grad()
+        optimizer.backward(losses, sync_group=group)
+        optimizer.step()
+    return full_weights(model)
+
+
+def test_replicas_of_tensor_parallel_layers_equal_one_process() -> None:
+    expected = one_process(full_layers, 2)
+    for weights in run_on_ranks(4, train_tensor_parallel_replicas):
+        assert_close(weights, expected, rtol=1e-12, atol=1e-12)
+
+
+def group_across_meshes() -> str:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    model = models.make(full_layers, 2)
+    plan: dict[str, Any] = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    parallelize_module(model.trunk, mesh["tp"], plan)
+    optimizer = HarmonizedOptimizer(SGD(model.parameters()))
+    three = dist.new_group([0, 1, 2])
+    losses = model(*models.batch(2))
+    if dist.get_rank() < 3:
+        try:
+            optimizer.backward(losses, sync_group=three)
+        except (ValueError, RuntimeError) as error:
+            return str(error)
+    return "away"
+
+
+def test_a_group_with_a_part_of_a_mesh_is_refused() -> None:
+    errors = run_on_ranks(4, group_across_meshes)
+    assert errors[0].startswith("sync_group must hold all ranks of the mesh")
+
+
+def ddp_over_shards() -> str:
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
+    model = models.make(full_layers, 2)
+    plan: dict[str, Any] = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    parallelize_module(model.trunk, mesh["tp"], plan)
+    ddp = nn.parallel.DistributedDataParallel(model, device_mesh=mesh["dp"])
+    optimizer = HarmonizedOptimizer(SGD(model.parameters()))
+    with ddp.no_sync():
+        try:
+            optimizer.backward(ddp(*models.batch(2)), sync_group=ddp)
+        except ValueError as error:
+            return str(error)
+    return ""
+
+
+def test_ddp_around_tensor_parallel_layers_is_refused() -> None:
+    for error in run_on_ranks(2, ddp_over_shards):
+        assert error.startswith("parameters must not be shards")
+
+
+def unsynchronised_accumulation() -> str:
+    model = sharded(models.heads_on_a_trunk, 2)
+    assert isinstance(model, FSDPModule)
+    model.set_requires_gradient_sync(False)
+    optimizer = HarmonizedOptimizer(SGD(model.parameters()))
+    try:
+        optimizer.backward(model(*models.batch(2)), accumulate_only=True)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_gradients_that_fsdp_keeps_to_itself_are_missed() -> None:
+    for error in run_on_ranks(2, unsynchronised_accumulation):
+        assert error == "losses must reach a parameter of this optimizer, got none"
+
+
 def train_from(start: int, stop: int, folder: Path | None, saves: bool) -> Any:
     model = sharded(models.heads_on_a_trunk, 2)
     optimizer = HarmonizedOptimizer(AdamW(model.parameters(), lr=0.01))

@@ -292,6 +292,8 @@ def _sent(name: str, args: Sequence[Any]) -> float:
     match name, args:
         case "allreduce_", ([tensor], *_):
             return reduced(world, tensor.nbytes)
+        case "broadcast_", ([tensor], *_):
+            return float(tensor.nbytes)
         case "_allgather_base_", (whole, *_):
             return scattered(world, whole.nbytes)
         case "_reduce_scatter_base_", (_, whole, *_):

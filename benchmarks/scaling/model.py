@@ -149,8 +149,9 @@ def ddp_messages(tasks: int, alone: int, packed: int) -> int:
         alone: tensors so large that each is a message.
         packed: messages that hold the others.
     """
-    # One about the tasks, and one with every task about who has which gradient.
-    return 1 + tasks * (1 + alone + packed)
+    # One about the tasks, one with every task about who has which gradient, and at the
+    # end one about failures and one with the weights.
+    return 3 + tasks * (1 + alone + packed)
 
 
 def ddp_control(world: int, tasks: int, tensors: int) -> float:
@@ -164,7 +165,8 @@ def ddp_control(world: int, tasks: int, tensors: int) -> float:
     # Each rank says whether it has failed, and three integers of 64 bits, then two
     # bytes for each tensor.
     header, mask = 8 * (1 + 3) * world, world + 2 * tensors
-    return reduced(world, header + tasks * mask) if tasks else 0.0
+    told = header + tasks * mask + world
+    return reduced(world, told) + 8 * tasks if tasks else 0.0
 
 
 def fsdp_sent(
