@@ -1,0 +1,1 @@
+"""What a harmonized step costs and how exact it is, beside every peer."""

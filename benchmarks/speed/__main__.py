@@ -1,0 +1,130 @@
+"""Measure what harmonized steps cost and how exact they are, beside every peer.
+
+Times are CPU times of the process on one thread; with `--device cuda`, which nobody has
+run yet, they are taken between CUDA events.
+"""
+
+import argparse
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from itertools import chain
+from pathlib import Path
+
+import torch
+
+from benchmarks.speed.accuracy import direction_errors, gramian_errors, update_errors
+from benchmarks.speed.bandwidth import bandwidths
+from benchmarks.speed.measure import peak_copies, time_ratios
+from benchmarks.speed.methods import METHODS, TASKS
+from benchmarks.speed.problems import NETWORKS
+from benchmarks.speed.results import (
+    TITLES,
+    Figure,
+    environment,
+    format_notes,
+    format_table,
+)
+
+ROUNDS, QUICK_ROUNDS = 9, 5
+QUICK_NETWORKS, QUICK_TASKS = ("mlp32", "tiny"), (2,)
+SIZES, LARGE = (10**6, 10**7), 10**8
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command: print each table once it is there, write all figures at last."""
+    options = _parser().parse_args(arguments)
+    torch.set_num_threads(1)
+    around = environment(options.device)
+    print(", ".join(f"{name} {value}" for name, value in around.items()))
+    found: list[Figure] = []
+    for figures in _tables(options):
+        print(f"\n{format_table(figures)}", flush=True)
+        found += figures
+    print(f"\n{format_notes([figure.row for figure in found])}")
+    if options.json:
+        results = {"environment": around, "figures": [asdict(one) for one in found]}
+        options.json.write_text(f"{json.dumps(results, indent=1)}\n")
+
+
+def _tables(options: argparse.Namespace) -> Iterator[list[Figure]]:
+    """Measure what was asked for, table by table."""
+    wanted, device, rounds = options.tables, options.device, options.rounds
+    rounds = rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
+    networks = options.networks or (QUICK_NETWORKS if options.quick else NETWORKS)
+    for tasks in options.tasks or (QUICK_TASKS if options.quick else TASKS):
+        methods = [method for method in METHODS if tasks in method.tasks]
+        if "time" in wanted:
+            yield _join(
+                time_ratios(methods, name, tasks, rounds, device) for name in networks
+            )
+        if "memory" in wanted:
+            yield _join(peak_copies(methods, name, tasks, device) for name in networks)
+        if "bandwidth" in wanted and tasks > 1:
+            yield bandwidths(tasks, rounds, device)
+    if "accuracy" in wanted:
+        yield _join(update_errors(METHODS, name) for name in networks)
+    if "exactness" in wanted:
+        yield direction_errors([method for method in METHODS if method.is_gh])
+    if "gramian" in wanted:
+        yield gramian_errors([*SIZES, LARGE] if options.large else SIZES)
+
+
+def _join(parts: Iterable[list[Figure]]) -> list[Figure]:
+    return list(chain.from_iterable(parts))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m benchmarks.speed", description=__doc__)
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"two tasks, {' and '.join(QUICK_NETWORKS)}, {QUICK_ROUNDS} rounds: a minute",
+    )
+    parser.add_argument(
+        "--networks", nargs="+", choices=NETWORKS, metavar="NAME", help="(default: all)"
+    )
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        type=int,
+        choices=TASKS,
+        metavar="K",
+        help="numbers of tasks: 1, 2, 4 (default: all)",
+    )
+    parser.add_argument(
+        "--tables",
+        nargs="+",
+        choices=TITLES,
+        default=list(TITLES),
+        metavar="NAME",
+        help=f"some of: {' '.join(TITLES)} (default: all)",
+    )
+    parser.add_argument(
+        "--rounds", type=positive, metavar="N", help=f"(default: {ROUNDS})"
+    )
+    parser.add_argument(
+        "--large", action="store_true", help="the Gramian also of 1e8 elements: 2 GB"
+    )
+    parser.add_argument(
+        "--device",
+        type=torch.device,
+        default=torch.device("cpu"),
+        help="of the tables time, memory and bandwidth (default: cpu)",
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="where to write all figures"
+    )
+    return parser
+
+
+def positive(text: str) -> int:
+    """Read an integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"invalid value: {text} (must be at least 1)")
+    return value
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""Time and memory of the steps of all methods on one network."""
+
+import gc
+import random
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from statistics import quantiles
+
+import torch
+
+from benchmarks.speed.methods import FLOOR, PLAIN, Method, Step
+from benchmarks.speed.problems import make
+from benchmarks.speed.results import Figure, attempt
+from benchmarks.speed.watch import watch
+
+Timer = Callable[[Step], float]
+
+WARM_UPS = 2
+# In a shorter time the clock would show, and what the caches still hold.
+SHORTEST = 0.02
+
+
+def time_ratios(
+    methods: Sequence[Method],
+    network: str,
+    tasks: int,
+    rounds: int,
+    device: torch.device,
+) -> list[Figure]:
+    """Time whole steps of all methods, each over one of the floor right beside it.
+
+    Every method has a network and an optimizer of its own. In each round all take their
+    turns, in another order: A B with the floor, in the next round B A, so that what
+    else happens on the machine reaches both. The floor takes a turn against itself: its
+    quartiles tell the noise. Steps too short for a clock are repeated within a turn,
+    after one that is not timed.
+    """
+    timer = make_timer(device)
+    steps: dict[str, Step] = {}
+    errors = {}
+    for method in methods:
+        step, error = attempt(partial(_warm_step, method, network, tasks, device))
+        if step is None:
+            errors[method.name] = error
+        else:
+            steps[method.name] = step
+    repeats = max(1, round(SHORTEST / timer(steps[FLOOR.name])))
+    timed = partial(_timed, timer=timer, repeats=repeats)
+    ratios: dict[str, list[float]] = {name: [] for name in steps}
+    orders = random.Random(0)
+    for number in range(rounds):
+        gc.collect()
+        for name in orders.sample(list(steps), len(steps)):
+            pair = [steps[name], steps[FLOOR.name]]
+            if number % 2:
+                own, floor = map(timed, pair)
+            else:
+                floor, own = map(timed, reversed(pair))
+            ratios[name].append(own / floor)
+    found = []
+    for method in methods:
+        name, error = method.name, errors.get(method.name, "")
+        middle, low, high = (None,) * 3 if error else spread(ratios[name])
+        found.append(Figure("time", tasks, name, network, middle, low, high, error))
+    return found
+
+
+def peak_copies(
+    methods: Sequence[Method], network: str, tasks: int, device: torch.device
+) -> list[Figure]:
+    """Take the peak of live tensors over that of the plain step, in gradient copies.
+
+    The step is a second one, so the state of the optimizer is in both. A kernel's own
+    scratch memory is not seen, see :class:`benchmarks.speed.watch.Watch`.
+    """
+    problem = make(network, tasks, device)
+    plain = watch(PLAIN.start(problem)).peak
+
+    def copies(method: Method) -> float:
+        peak = watch(method.start(make(network, tasks, device))).peak
+        return (peak - plain) / problem.size
+
+    found = []
+    for method in methods:
+        value, error = attempt(partial(copies, method))
+        found.append(Figure("memory", tasks, method.name, network, value, error=error))
+    return found
+
+
+def spread(values: Sequence[float]) -> tuple[float, float, float]:
+    """Take the median, the lower and the upper quartile."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    low, middle, high = quantiles(values, n=4, method="inclusive")
+    return middle, low, high
+
+
+def make_timer(device: torch.device) -> Timer:
+    """Make what times a step in seconds: CPU time, or between two CUDA events."""
+    return _device_seconds if device.type == "cuda" else _process_seconds
+
+
+def _process_seconds(step: Step) -> float:
+    start = time.process_time()  # not counting what other processes take
+    step()
+    return time.process_time() - start
+
+
+def _device_seconds(step: Step) -> float:
+    start, end = (
+        torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch's
+        for _ in range(2)
+    )
+    start.record()
+    step()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1000
+
+
+def _warm_step(method: Method, network: str, tasks: int, device: torch.device) -> Step:
+    step = method.start(make(network, tasks, device))
+    _repeat(step, WARM_UPS)
+    return step
+
+
+def _timed(step: Step, timer: Timer, repeats: int) -> float:
+    if repeats > 1:
+        step()
+    return timer(partial(_repeat, step, repeats))
+
+
+def _repeat(step: Step, times: int) -> None:
+    for _ in range(times):
+        step()
