@@ -41,6 +41,7 @@ from ghopt.backward import (
     weigh,
     weighted_sum,
 )
+from ghopt.deferred import Deferral, defer
 from ghopt.distributed import (
     Ranks,
     SyncGroup,
@@ -137,11 +138,20 @@ class HarmonizedOptimizer(Optimizer):
             may oppose a task. Other tasks than before are measured anew; so are the
             first ones after a checkpoint is loaded, which does not hold the weights.
             Weights that were not finite serve as 1.
+        deferred: on the CPU, make the weight gradients of linear layers once for all
+            tasks where the layer has so few rows (batch x positions) that this is less
+            work and memory. The result is the same. What can be deferred is found anew
+            at each step in the graph of the losses: a weight that serves for anything
+            else, that is hooked or that is not plain float32 or float64 takes the
+            ordinary way; so do all with ``backward_fn`` or ``accumulate_only``, under
+            autocast, with a process group, and in checkpoints and compiled models. (One
+            use is not seen: a hook on a transposed weight of your own.)
 
     Attributes:
         base_optimizer: as given.
         weighting: as given.
         measure_every: as given.
+        deferred: as given.
 
     Raises:
         TypeError: if ``base_optimizer`` is no optimizer, ``weighting`` not callable or
@@ -158,6 +168,7 @@ class HarmonizedOptimizer(Optimizer):
         *,
         shared_params: Iterable[Tensor] | None = None,
         measure_every: int = 1,
+        deferred: bool = False,
     ) -> None:
         if not isinstance(base_optimizer, Optimizer):
             given = type(base_optimizer)
@@ -174,6 +185,7 @@ class HarmonizedOptimizer(Optimizer):
         self.base_optimizer = base_optimizer
         self.weighting = weighting
         self.measure_every = measure_every
+        self.deferred = deferred
         self._shared = None if shared_params is None else self._places(shared_params)
         self._set_up()
 
@@ -270,6 +282,9 @@ class HarmonizedOptimizer(Optimizer):
             collected = [progress.collected.get(name, {}) for name in named]
             summed = dict(progress.summed)
             progress.forget()
+            deferral = None
+            if self.deferred and backward_fn is None and not accumulate_only:
+                deferral = defer([*named.values()], shared)
             with set_aside([*shared, *rest]) as grads:
                 for parameter in rest:
                     parameter.grad = summed.pop(parameter, None)
@@ -280,11 +295,13 @@ class HarmonizedOptimizer(Optimizer):
                         rest,
                         collected,
                         retain_graph=retain_graph,
-                        backward_fn=backward_fn,
+                        backward_fn=deferral.backward if deferral else backward_fn,
                         ranks=ranks,
                         outside=outside,
                     )
-                if not any(collected):
+                if deferral and not deferral.settle(collected):
+                    deferral = None
+                if not (deferral or any(collected)):
                     which = "parameter" if self._shared is None else "shared parameter"
                     raise ValueError(
                         f"losses must reach a {which} of this optimizer, got none"
@@ -297,7 +314,9 @@ class HarmonizedOptimizer(Optimizer):
                         ranks.settle(reused.weights)
                     added = [collected[0].get(parameter) for parameter in shared] + sums
                 else:
-                    harmonized = self._harmonize([*named], shared, collected, ranks)
+                    harmonized = self._harmonize(
+                        [*named], shared, collected, ranks, deferral
+                    )
                     added = [*harmonized, *sums]
                 for parameter, grad, more in zip(
                     [*shared, *rest], grads, added, strict=True
@@ -434,7 +453,7 @@ class HarmonizedOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Give what a copy needs: as in torch, hooks stay behind."""
-        kept = ("base_optimizer", "weighting", "measure_every", "_shared")
+        kept = ("base_optimizer", "weighting", "measure_every", "deferred", "_shared")
         return {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
@@ -566,17 +585,24 @@ class HarmonizedOptimizer(Optimizer):
         shared: list[Tensor],
         collected: list[Collected],
         ranks: Ranks | None,
+        deferral: Deferral | None,
     ) -> list[Tensor | None]:
         """Combine the gradients of the tasks, and note how."""
         gradients = [
             [task.get(parameter) for parameter in shared] for task in collected
         ]
-        products = gramian(gradients)
+        products = deferral.gramian() if deferral else None
+        if products is None:
+            products = gramian(gradients)
+        elif any(collected):
+            products = products + gramian(gradients).to(products.device)
         weights = weigh(self.weighting, products)
         if ranks is not None:
             weights = ranks.settle(weights)
         self._progress.last = Harmonization(tuple(names), products, weights)
-        return combine(gradients, weights)
+        made = deferral.combine(weights) if deferral else {}
+        sums = zip(shared, combine(gradients, weights), strict=True)
+        return [made.get(parameter, total) for parameter, total in sums]
 
 
 def _in_one(losses: Mapping[str, Tensor], last: Harmonization) -> dict[str, Tensor]:

@@ -1,0 +1,409 @@
+"""Weight gradients of linear layers made once for all tasks, not once for each.
+
+For a product ``Y = X W^T`` of M rows, task k contributes an output gradient ``D_k``,
+``[M, q]``. The inner products of the weight gradients ``D_k^T X`` are those of the rows,
+``<D_i, (X X^T) D_j>``, and their weighted sum is one product, ``(sum_k tau_k D_k)^T X``.
+With few rows this is less work than K products, and less memory: no task's gradient of
+the weight is ever made. On the CPU: how it compares on a GPU was not measured, and the
+streams of the passes would have to be waited for.
+
+Nothing is done to the model or its forward pass. Before the passes the products are
+found in the graph of the losses: a weight is deferred only if all edges that lead to it
+there come from such products, and nobody listens to them. Then the passes run with all
+else as their ``inputs``, so autograd leaves the gradients of these weights out. Whatever
+else a weight serves for shows as an edge of another kind, and it goes the ordinary way.
+
+What does not show is a hook on a transposed weight that a caller made by hand, for an
+``addmm`` whose input requires no grad: it is not called.
+"""
+
+import inspect
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial, reduce
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+from ghopt.backward import Collected
+
+# Nodes of products: which of their edges leads to the right factor, and the name under
+# which they save the left one.
+_PRODUCTS = {"AddmmBackward0": (2, "mat1"), "MmBackward0": (1, "self")}
+
+_LEAF = "torch::autograd::AccumulateGrad"
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+# Below so many elements that need not be made, the calls of torch cost more. Measured on
+# the CPU, with layers of 128 and 256 units.
+_LEAST = 2**16
+
+_Edges: TypeAlias = dict[Node, list[tuple[int, Node]]]
+"""The edges of each node: at which place, and where to."""
+
+_Parents: TypeAlias = Mapping[Node, Sequence[tuple[Node, int]]]
+"""The edges to each node: where from, and at which place."""
+
+
+class _Product(NamedTuple):
+    """One product with a weight in the graph: its node, and its input, ``[M, p]``."""
+
+    node: Any  # torch.autograd.graph.Node says nothing of what its kinds save
+    rows: Tensor
+
+
+class _Layer(NamedTuple):
+    """A weight after the passes.
+
+    Attributes:
+        weight: shape ``[q, p]``.
+        rows: the inputs of all its products, X, shape ``[M, p]``.
+        outputs: the output gradients of the tasks that reach it, shape ``[M, q]``.
+    """
+
+    weight: Tensor
+    rows: Tensor
+    outputs: dict[int, Tensor]
+
+
+class Deferral:
+    """The passes of one step, and what they leave of the weights that are deferred.
+
+    Args:
+        losses: K scalars.
+        products: those of each weight.
+        leaves: nodes that the passes are to reach beside these products.
+    """
+
+    def __init__(
+        self,
+        losses: Sequence[Tensor],
+        products: dict[Tensor, list[_Product]],
+        leaves: Iterable[Node],
+    ) -> None:
+        self._tasks = len(losses)
+        self._passes = (task for task, loss in enumerate(losses) if loss.requires_grad)
+        self._products = products
+        # By weight, task and product.
+        self._outputs: dict[Tensor, dict[int, dict[int, Tensor]]] = {}
+        self._layers: list[_Layer] = []
+        nodes = [product.node for group in products.values() for product in group]
+        # A product that leads to nothing else would not run without an edge of its own.
+        self._edges = tuple(GradientEdge(node, 0) for node in [*leaves, *nodes])
+        self._kept: list[tuple[Tensor, int]] = []
+        for group in products.values():
+            for product in group:
+                self._keep(product.rows)
+
+    def backward(self, loss: Tensor, *, retain_graph: bool) -> None:
+        """Run the next pass. They come in the order of the losses that require grad."""
+        task = next(self._passes)
+        handles = [
+            product.node.register_prehook(partial(self._note, weight, task, index))
+            for weight, group in self._products.items()
+            for index, product in enumerate(group)
+        ]
+        try:
+            torch.autograd.backward(loss, retain_graph=retain_graph, inputs=self._edges)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.no_grad()
+    def settle(self, collected: Sequence[Collected]) -> bool:
+        """End the passes, and say whether a task reaches a weight that is deferred.
+
+        A weight may have a gradient nevertheless, of earlier micro-batches, or from a
+        node that ran a backward pass of its own. Inner products with it are unknown, so
+        the gradients of this weight are made, task by task, and it counts as not
+        deferred.
+
+        Args:
+            collected: gradients of each task; added to.
+
+        Raises:
+            RuntimeError: if a tensor that is still needed was modified in place.
+        """
+        for tensor, version in self._kept:
+            if tensor._version != version:
+                raise RuntimeError(
+                    "inputs and output gradients of deferred linear layers must stay as "
+                    f"they are until the last pass, but one of shape {list(tensor.shape)} "
+                    "was modified in place: use deferred=False"
+                )
+        elsewhere = {weight for task in collected for weight in task}
+        for weight, outputs in self._outputs.items():
+            layer = _join(weight, self._products[weight], outputs)
+            if weight not in elsewhere:
+                self._layers.append(layer)
+                continue
+            for task, output in layer.outputs.items():
+                made = _multiply(output, layer.rows)
+                other = collected[task].get(weight)
+                collected[task][weight] = made if other is None else made.add_(other)
+        return bool(self._layers)
+
+    @torch.no_grad()
+    def gramian(self) -> Tensor:
+        """Inner products of the task gradients of the deferred weights.
+
+        Returns:
+            Shape ``[K, K]``, float64, symmetric.
+        """
+        parts = [
+            _inner_products(layer.rows, layer.outputs, self._tasks)
+            for layer in self._layers
+        ]
+        return reduce(torch.add, parts)
+
+    @torch.no_grad()
+    def combine(self, weights: Tensor) -> Collected:
+        """Make the weighted sums of the task gradients of the deferred weights.
+
+        Args:
+            weights: shape ``[K]``, float64.
+        """
+        return {
+            layer.weight: _multiply(_weighted(layer.outputs, weights), layer.rows)
+            for layer in self._layers
+        }
+
+    def _note(
+        self, weight: Tensor, task: int, index: int, grads: Sequence[Tensor | None]
+    ) -> None:
+        """Keep an output gradient: autograd calls this."""
+        (output,) = grads
+        if output is not None:
+            tasks = self._outputs.setdefault(weight, {})
+            tasks.setdefault(task, {})[index] = output
+            self._keep(output)
+
+    def _keep(self, tensor: Tensor) -> None:
+        """Note that a tensor must not change until the end."""
+        self._kept.append((tensor, tensor._version))
+
+
+def defer(losses: Sequence[Tensor], parameters: Iterable[Tensor]) -> Deferral | None:
+    """Find the weights whose gradients are cheaper deferred, and may be.
+
+    Args:
+        losses: K scalars, before their first pass.
+        parameters: those that are to be harmonized.
+
+    Returns:
+        What runs the passes in place of ``loss.backward``; None if there is nothing to
+        gain.
+
+    Raises:
+        RuntimeError: as the passes would: if the graph was freed, or the input of a
+            layer modified in place.
+    """
+    live = [loss for loss in losses if loss.requires_grad]
+    wanted = {parameter for parameter in parameters if _is_plain(parameter)}
+    if len(live) < 2 or not wanted or _is_special(live):
+        return None
+    edges: _Edges = {}
+    reached = [_walk(loss, edges) for loss in live]
+    if any(map(_runs_backward, edges)):
+        return None
+    parents = defaultdict(list)
+    for node, children in edges.items():
+        for place, child in children:
+            parents[child].append((node, place))
+    leaves: list[Any] = [node for node in edges if node.name() == _LEAF]
+    products: dict[Tensor, list[_Product]] = {}
+    for leaf in leaves:
+        found = _products(leaf, parents) if leaf.variable in wanted else []
+        nodes = [product.node for product in found]
+        tasks = sum(not nodes_of_task.isdisjoint(nodes) for nodes_of_task in reached)
+        rows = sum(len(product.rows) for product in found)
+        if _pays(rows, leaf.variable, tasks) and not any(
+            map(_is_hooked, _chain(leaf, parents))
+        ):
+            products[leaf.variable] = found
+    if not products:
+        return None
+    others = [leaf for leaf in leaves if leaf.variable not in products]
+    return Deferral(losses, products, others)
+
+
+def _is_plain(parameter: Tensor) -> bool:
+    """Say whether a parameter has the form of a weight, and nobody listens to it."""
+    return (
+        parameter.dim() == 2
+        and type(parameter) in _PLAIN
+        and parameter.dtype in (torch.float32, torch.float64)
+        and parameter.device.type in ("cpu", "meta")
+        and parameter.is_contiguous()
+        and not parameter._backward_hooks
+        and not parameter._post_accumulate_grad_hooks
+    )
+
+
+def _is_special(losses: Iterable[Tensor]) -> bool:
+    """Say whether the passes are not all that happens, or not as they were recorded."""
+    # What has not been imported cannot have been switched on.
+    compiled = sys.modules.get("torch._dynamo.compiled_autograd")
+    return (
+        (dist.is_available() and dist.is_initialized())
+        or (compiled is not None and compiled.compiled_autograd_enabled)
+        # There autograd computes in lower precision, and not with every operation.
+        or torch.is_autocast_enabled("cpu")
+        or any(type(loss) not in _PLAIN for loss in losses)
+    )
+
+
+def _walk(loss: Tensor, edges: _Edges) -> set[Node]:
+    """List the nodes that a loss reaches, and note the edges of new ones."""
+    stack: list[Node] = [get_gradient_edge(loss).node]
+    reached = set(stack)
+    while stack:
+        node = stack.pop()
+        if node not in edges:
+            edges[node] = [
+                (place, child)
+                for place, (child, _) in enumerate(node.next_functions)
+                if child is not None
+            ]
+        for _, child in edges[node]:
+            if child not in reached:
+                reached.add(child)
+                stack.append(child)
+    return reached
+
+
+def _runs_backward(node: Node) -> bool:
+    """Say whether a node, as one of a reentrant checkpoint, forbids ``inputs=``."""
+    if not isinstance(node, BackwardCFunction):
+        return False
+    function = inspect.unwrap(type(node)._forward_cls.backward)
+    # All that forbid it ask torch the same question.
+    code = getattr(function, "__code__", None)
+    return code is not None and "_is_checkpoint_valid" in code.co_names
+
+
+def _products(leaf: Node, parents: _Parents) -> list[_Product]:
+    """List the products of a weight; none if it serves for anything else."""
+    products = []
+    for transposed, _ in parents[leaf]:
+        if transposed.name() != "TBackward0":
+            return []
+        for node, place in parents[transposed]:
+            rows = _input(node, place)
+            if rows is None:
+                return []
+            products.append(_Product(node, rows))
+    return products
+
+
+def _chain(leaf: Node, parents: _Parents) -> Iterator[Node]:
+    """List the nodes from those of the products to that of the weight."""
+    yield leaf
+    for transposed, _ in parents[leaf]:
+        yield transposed
+        yield from (node for node, _ in parents[transposed])
+
+
+def _input(node: Any, edge: int) -> Tensor | None:
+    """Take X of a product if this is its edge to a weight, and it hides nothing."""
+    if node.name() not in _PRODUCTS:
+        return None
+    place, name = _PRODUCTS[node.name()]
+    if place != edge or getattr(node, "_saved_alpha", 1) != 1:
+        return None
+    for saved in (name, "mat2"):
+        # Saved elsewhere, or to be computed anew: a checkpoint that is not reentrant.
+        raw = getattr(node, f"_raw_saved_{saved}")
+        if getattr(raw, "unpack_hook", _ignore) is not None:
+            return None
+    right = node._saved_mat2
+    if right is None and name != "mat1":
+        # Saved only for the gradient of X. A bias then tells a layer from a product by
+        # hand, whose transposed weight may be hooked.
+        return None
+    if right is not None and (right._backward_hooks or right.retains_grad):
+        return None
+    rows: Tensor = getattr(node, f"_saved_{name}")
+    return rows if type(rows) in _PLAIN and rows.layout is torch.strided else None
+
+
+def _is_hooked(node: Any) -> bool:
+    """Say whether someone has hooked a node."""
+    handles = [
+        register(_ignore) for register in (node.register_hook, node.register_prehook)
+    ]
+    # The hooks of a node are in one dictionary of each kind, to which ours were added.
+    found = any(len(handle.hooks_dict_ref()) > 1 for handle in handles)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def _ignore(*_: object) -> None:
+    """Leave the gradients as they are."""
+
+
+def _pays(rows: int, weight: Tensor, tasks: int) -> bool:
+    """Say whether it is less work to defer a weight than to make its K gradients."""
+    if not rows:
+        return False
+    q, p = weight.shape
+    saved = (tasks - 1) * p * q
+    # Measured on the CPU: a float64 operation costs two float32 ones.
+    return saved >= _LEAST and 2 * rows * (p + tasks * q) < saved
+
+
+def _join(
+    weight: Tensor, products: list[_Product], outputs: dict[int, dict[int, Tensor]]
+) -> _Layer:
+    """Join the rows of all products of a weight."""
+    joined = {
+        task: _cat(
+            [
+                # A task may reach some of the products only.
+                given[i] if i in given else rows.new_zeros(len(rows), len(weight))
+                for i, (_, rows) in enumerate(products)
+            ]
+        )
+        for task, given in outputs.items()
+    }
+    return _Layer(weight, _cat([rows for _, rows in products]), joined)
+
+
+def _cat(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _inner_products(rows: Tensor, outputs: dict[int, Tensor], tasks: int) -> Tensor:
+    """Inner products ``[K, K]`` of the weight gradients, in float64.
+
+    In float32 they would lose as many digits as the rows cancel, squared.
+    """
+    rows = rows.double()
+    stacked = torch.stack([*outputs.values()]).double()
+    images = (rows @ rows.T) @ stacked
+    products = stacked.flatten(1) @ images.flatten(1).T
+    if len(outputs) == tasks:
+        return products.triu() + products.triu(1).T
+    total = products.new_zeros(tasks, tasks)
+    for place, task in enumerate(outputs):
+        for other, product in zip(outputs, products[place], strict=True):
+            total[task, other] = product
+    return total.triu() + total.triu(1).T
+
+
+def _weighted(outputs: dict[int, Tensor], weights: Tensor) -> Tensor:
+    """Sum output gradients with their weights: shape ``[M, q]``, rounded once."""
+    factors = weights.to(next(iter(outputs.values())).device)
+    terms = [output.double() * factors[task] for task, output in outputs.items()]
+    return reduce(torch.add, terms).to(next(iter(outputs.values())))
+
+
+def _multiply(output: Tensor, rows: Tensor) -> Tensor:
+    """Make a weight gradient, ``[q, p]``, as autograd does."""
+    return output.T @ rows
