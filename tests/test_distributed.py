@@ -412,6 +412,27 @@ def test_a_backward_fn_may_let_ddp_average_every_pass(views: bool) -> None:
         assert_close(added, expected, rtol=1e-12, atol=1e-12)
 
 
+def kept_gradients(views: bool) -> list[list[Tensor | None]]:
+    """Let DDP average the only pass of each step, on top of what was there before."""
+    ddp, optimizer, model = ddp_step(gradient_as_bucket_view=views)
+    sum(ddp(*share(*models.batch(2)))).backward()  # leaves views of the buckets
+    kept = []
+    for _ in range(3):
+        optimizer.backward([sum(ddp(*share(*models.batch(2))))])
+        kept.append([None if g is None else g.clone() for g in grads_of(model)])
+    return kept
+
+
+@pytest.mark.parametrize("views", [False, True])
+def test_gradients_in_the_buckets_of_ddp_are_added_to(views: bool) -> None:
+    model = models.make(models.heads_on_a_trunk, 2)
+    sum(model(*models.batch(2))).backward()
+    for kept in run_on_ranks(2, kept_gradients, views):
+        for times, grads in enumerate(kept, start=2):
+            expected = [None if g is None else times * g for g in grads_of(model)]
+            assert_close(grads, expected, rtol=1e-12, atol=1e-12)
+
+
 def unused_model_step() -> None:
     _, optimizer, model = ddp_step()
     optimizer.backward(model(*models.batch(2)))  # nothing went through DDP
@@ -579,6 +600,33 @@ def on_one_rank(gramian: Tensor) -> Tensor:
     if dist.get_rank() == 1:
         raise torch.OutOfMemoryError("in the weighting")
     return gramian.diagonal()
+
+
+def failing_packing() -> str:
+    """On rank 1 the memory ends between what is said and what is sent."""
+
+    def fail(_: list[Tensor]) -> Tensor:
+        raise torch.OutOfMemoryError("while packing")
+
+    ddp, optimizer, model = ddp_step()
+    with ddp.no_sync(), pytest.MonkeyPatch.context() as patch:
+        losses = ddp(*models.batch(2))
+        if dist.get_rank() == 1:
+            patch.setattr("ghopt.distributed._packed", fail)
+        try:
+            optimizer.backward(losses, sync_group=ddp)
+        except torch.OutOfMemoryError as error:
+            return str(error)
+        except RuntimeError as error:
+            assert all(grad is None for grad in grads_of(model))
+            return str(error)
+    return ""
+
+
+def test_a_rank_without_memory_for_a_message_says_nothing_in_its_place() -> None:
+    first, second = run_on_ranks(2, failing_packing, timeout=3)
+    assert first.startswith("a rank ended or was cut off during backward()")
+    assert second == "while packing"
 
 
 def failing_weighting() -> str:
