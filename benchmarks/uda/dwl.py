@@ -5,15 +5,18 @@ The generator confuses a discriminator and lowers the discrepancy of its heads; 
 of the former rises as the domains drift apart, and falls as the classes blur.
 """
 
-from itertools import combinations
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.uda.data import Batch
 from benchmarks.uda.features import linear_mmd, max_j
-from benchmarks.uda.methods import Losses, classification_loss, domain_loss
+from benchmarks.uda.methods import (
+    Losses,
+    classification_loss,
+    discrepancy,
+    domain_loss,
+    probabilities_of,
+)
 from benchmarks.uda.networks import Networks
 
 CONFUSION = 0.2
@@ -85,13 +88,13 @@ def dwl_losses(
     source = networks.generator(batch.source)
     target = networks.generator(batch.target)
     with torch.no_grad():
-        predictions = _probabilities(networks, target).mean(0).argmax(1)
+        predictions = probabilities_of(networks, target).mean(0).argmax(1)
     balance.see(source, batch.labels, target, predictions)
     domain = domain_loss(networks.discriminator(torch.cat([source, target])))
     return Losses(
         -trade_off * CONFUSION * balance.share * domain,
         classification_loss(networks, source, batch.labels)
-        + (1 - balance.share) * pairwise_discrepancy(networks, target),
+        + (1 - balance.share) * discrepancy(networks, target),
     )
 
 
@@ -106,20 +109,9 @@ def dwl_rest_loss(networks: Networks, batch: Batch) -> Tensor:
         target = networks.generator(batch.target)
     return (
         classification_loss(networks, source, batch.labels)
-        - pairwise_discrepancy(networks, target)
+        - discrepancy(networks, target)
         + domain_loss(networks.discriminator(torch.cat([source, target])))
     )
-
-
-def pairwise_discrepancy(networks: Networks, features: Tensor) -> Tensor:
-    """Sum the mean absolute differences of the probabilities of each two heads."""
-    pairs = combinations(_probabilities(networks, features), 2)
-    return torch.stack([F.l1_loss(one, other) for one, other in pairs]).sum()
-
-
-def _probabilities(networks: Networks, features: Tensor) -> Tensor:
-    """Of each head, ``[heads, B, c]``."""
-    return torch.stack([head(features).softmax(1) for head in networks.heads])
 
 
 def _scaled(values: list[float]) -> float:

@@ -7,6 +7,7 @@ what is optimized. Nothing is detached that the methods' papers do not detach.
 """
 
 import math
+from itertools import combinations
 from typing import NamedTuple
 
 import torch
@@ -139,7 +140,15 @@ def entropy_weights(probabilities: Tensor) -> Tensor:
     return (weights / weights.detach().mean(1, keepdim=True)).flatten()
 
 
+def probabilities_of(networks: Networks, features: Tensor) -> Tensor:
+    """Classify features ``[B, f]`` with each head, ``[heads, B, c]``."""
+    return torch.stack([head(features).softmax(1) for head in networks.heads])
+
+
 def discrepancy(networks: Networks, features: Tensor) -> Tensor:
-    """Mean absolute difference of the heads' probabilities, a scalar in [0, 2 / c]."""
-    first, second = (F.softmax(head(features), 1) for head in networks.heads)
-    return F.l1_loss(first, second)
+    """Mean absolute difference of the heads' probabilities, summed over their pairs.
+
+    A scalar, in [0, 2 / c] for each pair.
+    """
+    pairs = combinations(probabilities_of(networks, features), 2)
+    return torch.stack([F.l1_loss(one, other) for one, other in pairs]).sum()

@@ -10,13 +10,14 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD
 
 from benchmarks.uda.data import SIZE, Batch
 from benchmarks.uda.dwl import Balance, dwl_losses, dwl_rest_loss
 from benchmarks.uda.gvb import gvb_losses
 from benchmarks.uda.methods import (
+    Losses,
     cdan_losses,
     classification_loss,
     dann_losses,
@@ -66,6 +67,11 @@ class Config:
     evaluations: int = 10
     size: int = SIZE
 
+    def is_evaluated(self, done: int) -> bool:
+        """Tell whether the target test set is read after so many steps."""
+        every = max(1, self.steps // self.evaluations)
+        return done % every == 0 or done == self.steps
+
 
 def make_step(
     config: Config,
@@ -94,17 +100,15 @@ def make_step(
             nesterov=config.momentum > 0,
         )
 
-    if config.method == "MCD":
-        generator_sgd = new_sgd(networks.generator.parameters())
-        sgds = [generator_sgd, new_sgd(networks.heads.parameters())]
-        update = make_update(generator_sgd, networks.generator.parameters())
-        train = partial(_mcd_step, config, networks, sgds, update)
-    elif config.method == "DWL":
-        generator_sgd = new_sgd(networks.generator.parameters())
+    if config.method in ("MCD", "DWL"):
         rest = [*networks.heads.parameters(), *networks.discriminator.parameters()]
-        sgds = [generator_sgd, new_sgd(rest)]
-        update = make_update(generator_sgd, networks.generator.parameters())
-        train = partial(_dwl_step, config, networks, sgds, update, Balance(classes))
+        sgds = [new_sgd(networks.generator.parameters()), new_sgd(rest)]
+        update = make_update(sgds[0], networks.generator.parameters())
+        if config.method == "MCD":
+            train = partial(_mcd_step, config, networks, sgds, update)
+        else:
+            balance = Balance(classes)
+            train = partial(_dwl_step, config, networks, sgds[1], update, balance)
     else:
         sgds = [new_sgd(networks.parameters())]
         if config.method == SOURCE_ONLY:
@@ -142,12 +146,34 @@ def _source_step(
     networks: Networks, sgds: list[SGD], batch: Batch, _progress: float
 ) -> None:
     """Train G and the head on the source alone."""
-    loss = classification_loss(networks, networks.generator(batch.source), batch.labels)
+    source = networks.generator(batch.source)
+    descend(classification_loss(networks, source, batch.labels), *sgds)
+
+
+def descend(loss: Tensor, *sgds: SGD) -> None:
+    """Lower one loss: the steps that are never harmonized."""
     for sgd in sgds:
         sgd.zero_grad()
     torch.autograd.backward(loss)
     for sgd in sgds:
         sgd.step()
+
+
+def generator_step(
+    networks: Networks, update: Update, make_losses: Callable[[], Losses], times: int
+) -> None:
+    """Lower a pair of losses by G alone, ``times`` times, each on losses made anew.
+
+    Leaves heads and discriminator and their gradients as they are. ``update`` must be
+    one of G's parameters alone.
+    """
+    resting = (networks.heads, networks.discriminator)
+    for module in resting:
+        module.requires_grad_(False)
+    for _ in range(times):
+        update(make_losses())
+    for module in resting:
+        module.requires_grad_(True)
 
 
 def _adversarial_step(
@@ -205,40 +231,15 @@ def _mcd_step(
     sections 4.2 and 5.6 do not say which step they mean.)
     """
     _source_step(networks, sgds, batch, progress)
-    mcd_heads_step(networks, sgds[1], batch, config.trade_off)
-    mcd_generator_step(networks, update, batch, config.trade_off, config.inner_steps)
-
-
-def mcd_heads_step(
-    networks: Networks, heads_sgd: SGD, batch: Batch, trade_off: float
-) -> None:
-    """MCD's step B: see :func:`mcd_heads_loss`. Leaves G and its gradients alone."""
-    heads_sgd.zero_grad()
-    torch.autograd.backward(mcd_heads_loss(networks, batch, trade_off))
-    heads_sgd.step()
-
-
-def mcd_generator_step(
-    networks: Networks,
-    update: Update,
-    batch: Batch,
-    trade_off: float,
-    inner_steps: int,
-) -> None:
-    """MCD's step C: see :func:`mcd_losses`. Leaves the heads and their gradients alone.
-
-    ``update`` must be one of G's parameters alone.
-    """
-    networks.heads.requires_grad_(False)
-    for _ in range(inner_steps):
-        update(mcd_losses(networks, batch, trade_off))
-    networks.heads.requires_grad_(True)
+    descend(mcd_heads_loss(networks, batch, config.trade_off), sgds[1])
+    losses = partial(mcd_losses, networks, batch, config.trade_off)
+    generator_step(networks, update, losses, config.inner_steps)
 
 
 def _dwl_step(
     config: Config,
     networks: Networks,
-    sgds: list[SGD],
+    rest_sgd: SGD,
     update: Update,
     balance: Balance,
     batch: Batch,
@@ -249,13 +250,6 @@ def _dwl_step(
     The published code has a step A as MCD's before them; cross entropy trains G in the
     last step here.
     """
-    sgds[1].zero_grad()
-    torch.autograd.backward(dwl_rest_loss(networks, batch))
-    sgds[1].step()
-    rest = [networks.heads, networks.discriminator]
-    for module in rest:
-        module.requires_grad_(False)
-    for _ in range(config.inner_steps):
-        update(dwl_losses(networks, batch, balance, config.trade_off))
-    for module in rest:
-        module.requires_grad_(True)
+    descend(dwl_rest_loss(networks, batch), rest_sgd)
+    losses = partial(dwl_losses, networks, batch, balance, config.trade_off)
+    generator_step(networks, update, losses, config.inner_steps)

@@ -38,7 +38,6 @@ def run(config: Config, task: Task, observe: Observe | None = None) -> Result:
         seed=config.seed,
     )
     step = make_step(config, networks, make_update)
-    evaluate_every = max(1, config.steps // config.evaluations)
     errors, validation = [], []
 
     def evaluate(done: int) -> None:
@@ -52,7 +51,7 @@ def run(config: Config, task: Task, observe: Observe | None = None) -> Result:
     stream = batches(task, config.batch_size, config.steps, config.seed)
     for done, batch in enumerate(stream, start=1):
         step(batch, (done - 1) / config.steps)
-        if done % evaluate_every == 0 or done == config.steps:
+        if config.is_evaluated(done):
             evaluate(done)
     after = [harmonized_gramian(config.rule, gramian) for gramian in record.gramians]
     return Result(

@@ -16,10 +16,9 @@ from benchmarks.uda.dwl import (
     Balance,
     dwl_losses,
     dwl_rest_loss,
-    pairwise_discrepancy,
     share_of,
 )
-from benchmarks.uda.methods import Losses
+from benchmarks.uda.methods import Losses, discrepancy
 from benchmarks.uda.networks import Networks, build_networks
 from benchmarks.uda.steps import Config, make_step
 from benchmarks.uda.updates import Harmonized, Record, Update, plain_update
@@ -120,7 +119,7 @@ def test_the_pair_is_weighed_by_the_share(networks: Networks, batch: Batch) -> N
     for head in networks.heads:
         p = head(source).softmax(1)
         entropy = entropy - p[torch.arange(8), batch.labels].log().mean()
-    expected = entropy + 0.75 * pairwise_discrepancy(networks, target)
+    expected = entropy + 0.75 * discrepancy(networks, target)
     torch.testing.assert_close(losses.classification, expected)
 
 
@@ -133,7 +132,7 @@ def test_every_two_of_three_heads_are_compared(
         (a(features).softmax(1) - b(features).softmax(1)).abs().sum().item() / 80
         for a, b in combinations(networks.heads, 2)
     )
-    assert pairwise_discrepancy(networks, features).item() == pytest.approx(expected)
+    assert discrepancy(networks, features).item() == pytest.approx(expected)
 
 
 def test_the_generator_lowers_what_the_others_raise(
@@ -154,7 +153,7 @@ def test_the_heads_raise_the_discrepancy_while_the_generator_rests(
     networks: Networks, batch: Batch
 ) -> None:
     def now() -> float:
-        return pairwise_discrepancy(networks, networks.generator(batch.target)).item()
+        return discrepancy(networks, networks.generator(batch.target)).item()
 
     before = now()
     sgd = SGD(networks.heads.parameters(), lr=0.01)

@@ -17,6 +17,7 @@ from benchmarks.uda.methods import (
     discrepancy,
     domain_loss,
     entropy_weights,
+    mcd_heads_loss,
     mcd_losses,
     outer_product,
     warm_up,
@@ -26,9 +27,9 @@ from benchmarks.uda.rules import RULES, harmonized_gramian
 from benchmarks.uda.steps import (
     METHODS,
     Config,
+    descend,
+    generator_step,
     make_step,
-    mcd_generator_step,
-    mcd_heads_step,
 )
 from benchmarks.uda.updates import (
     Harmonized,
@@ -170,7 +171,8 @@ def test_step_b_of_mcd_leaves_the_generator_and_its_gradients_alone(
 ) -> None:
     networks = build_networks("MCD", seed=0)
     generator, heads = values(networks.generator), values(networks.heads)
-    mcd_heads_step(networks, SGD(networks.heads.parameters(), lr=0.1), batch, 1.0)
+    heads_sgd = SGD(networks.heads.parameters(), lr=0.1)
+    descend(mcd_heads_loss(networks, batch, 1.0), heads_sgd)
     assert same(generator, networks.generator)
     assert all(p.grad is None for p in networks.generator.parameters())
     assert not same(heads, networks.heads)
@@ -186,12 +188,13 @@ def test_step_b_of_mcd_raises_the_discrepancy_and_step_c_lowers_it(
 
     start = now()
     heads = SGD(networks.heads.parameters(), lr=0.01)
-    mcd_heads_step(networks, heads, batch, trade_off=100.0)
+    descend(mcd_heads_loss(networks, batch, trade_off=100.0), heads)
     raised = now()
     assert raised > start
     generator = SGD(networks.generator.parameters(), lr=0.001)
     update = plain_update(generator, networks.generator.parameters())
-    mcd_generator_step(networks, update, batch, trade_off=100.0, inner_steps=1)
+    losses = partial(mcd_losses, networks, batch, trade_off=100.0)
+    generator_step(networks, update, losses, times=1)
     assert now() < raised
 
 
@@ -204,7 +207,8 @@ def test_step_c_of_mcd_leaves_the_heads_and_their_gradients_alone(
     sgd = SGD(networks.generator.parameters(), lr=0.1)
     record = Record()
     update = Harmonized(sgd, networks.generator.parameters(), rule=rule, record=record)
-    mcd_generator_step(networks, update, batch, 1.0, inner_steps=2)
+    losses = partial(mcd_losses, networks, batch, 1.0)
+    generator_step(networks, update, losses, times=2)
     assert same(heads, networks.heads)
     assert all(p.grad is None and p.requires_grad for p in networks.heads.parameters())
     assert not same(generator, networks.generator)
