@@ -12,9 +12,10 @@ import torch
 from benchmarks.uda.data import Task
 from benchmarks.uda.extra import bench_extra
 from benchmarks.uda.results import Result
+from benchmarks.uda.rules import RULES
 from benchmarks.uda.steps import SOURCE_ONLY, Config
 from benchmarks.uda.table import Ratios
-from benchmarks.uda.timing import ROUNDS, time_ratios
+from benchmarks.uda.timing import ROUNDS, harmonized, time_ratios
 from benchmarks.uda.train import run
 
 WORKERS = 2
@@ -77,7 +78,10 @@ def _start_worker(task: bytes) -> None:
 
 
 def _time(config: Config) -> dict[str, float]:
-    return time_ratios(_task, config.method, rounds=min(ROUNDS, config.steps))
+    updates = harmonized(*(rule for rule in RULES if rule != "sum"))
+    rounds = min(ROUNDS, config.steps)
+    _, ratios = time_ratios(_task, config.method, updates, rounds)
+    return ratios
 
 
 def run_one(config: Config, train: Callable[[Config, Task], ResultT]) -> ResultT:

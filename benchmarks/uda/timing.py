@@ -5,7 +5,7 @@
 
 import argparse
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import cycle
 from statistics import median
@@ -18,7 +18,6 @@ from benchmarks.options import positive
 from benchmarks.uda.data import DEMO, LARGE, SIZE, Batch, Task, batches, load_task
 from benchmarks.uda.methods import Losses
 from benchmarks.uda.networks import build_networks
-from benchmarks.uda.rules import RULES
 from benchmarks.uda.steps import ALL_METHODS, SOURCE_ONLY, Config, Step, make_step
 from benchmarks.uda.updates import (
     Harmonized,
@@ -42,27 +41,42 @@ Table 6 of the paper, MCD with GH over MCD: 1.18 (MNIST to USPS), 1.11 (USPS to 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command: a line per method, on embedded data."""
-    parser = argparse.ArgumentParser("python -m benchmarks.uda.timing")
-    parser.add_argument("--rounds", type=positive, default=100, metavar="N")
-    parser.add_argument("--size", type=int, choices=[SIZE, LARGE], default=SIZE)
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.uda.timing", description=__doc__
+    )
+    parser.add_argument(
+        "--rounds", type=positive, default=100, metavar="N", help="(default: 100)"
+    )
+    parser.add_argument(
+        "--size",
+        type=int,
+        choices=[SIZE, LARGE],
+        default=SIZE,
+        help=f"of the images (default: {SIZE})",
+    )
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     try:
         task = load_task(DEMO, size=options.size)
     except ImportError as error:
         parser.error(str(error))
-    updates: dict[str, MakeUpdate] = {
-        "gh": partial(Harmonized, rule="gh", record=Record()),
-        "ghpp": partial(Harmonized, rule="ghpp", record=Record()),
-        "three passes": three_passes,
-    }
+    updates = {**harmonized("gh", "ghpp"), "three passes": three_passes}
     print("".join(f"{name:>14}" for name in ("", "plain, ms", *updates)))
     for method in ALL_METHODS:
         if method != SOURCE_ONLY:
-            timed = [_time(task, method, options, one) for one in updates.values()]
-            cells = [f"{timed[0][0]:.2f}", *(f"{ratio:.2f}" for _, ratio in timed)]
-            print(f"{method:14}" + "".join(f"{cell:>14}" for cell in cells))
+            plain, ratios = time_ratios(
+                task, method, updates, options.rounds, options.size
+            )
+            print(
+                f"{method:14}{plain:14.2f}"
+                + "".join(f"{ratio:14.2f}" for ratio in ratios.values())
+            )
     print(f"\n{NOTES}")
+
+
+def harmonized(*rules: str) -> dict[str, MakeUpdate]:
+    """Name the updates of rules, to be timed."""
+    return {rule: partial(Harmonized, rule=rule, record=Record()) for rule in rules}
 
 
 def three_passes(sgd: SGD, shared: Iterable[nn.Parameter]) -> Update:
@@ -78,48 +92,44 @@ def three_passes(sgd: SGD, shared: Iterable[nn.Parameter]) -> Update:
     return update
 
 
-def time_ratios(task: Task, method: str, rounds: int = ROUNDS) -> dict[str, float]:
-    """CPU time of a whole step with each rule, relative to the plain sum's.
+def time_ratios(
+    task: Task,
+    method: str,
+    updates: Mapping[str, MakeUpdate],
+    rounds: int = ROUNDS,
+    size: int = SIZE,
+) -> tuple[float, dict[str, float]]:
+    """CPU time of a whole step with each update, relative to the plain sum's.
 
     The plain sum is what one writes without ``ghopt``: ``(l1 + l2).backward()`` and
-    bare SGD, on networks of its own. Every step with a rule is timed right after a
-    plain one on the same batch, A B A B, and the ratios of these neighbours have their
-    median taken: what else happens on the machine reaches both. The forward pass and,
-    for MCD, the steps that are never harmonized are part of both.
+    bare SGD. Each update has networks of its own; in a round all make one step, on one
+    batch, one after another: what else happens on the machine reaches all. The forward
+    pass and, for MCD and DWL, the steps that are never harmonized are part of each.
+
+    Args:
+        task: whose batches are seen.
+        method: with two losses.
+        updates: by name.
+        rounds: how many count, after a few that warm up.
+        size: of the images.
 
     Returns:
-        Ratio per rule, without ``sum``.
+        Milliseconds of the plain step, the median over the rounds, and for each update
+        the median of the rounds' ratios to it.
     """
-    config = Config(task.name, method, "sum", seed=0, steps=WARM_UPS + rounds)
-    return {
-        rule: _interleaved(
-            task, config, partial(Harmonized, rule=rule, record=Record())
-        )[1]
-        for rule in RULES
-        if rule != "sum"
-    }
-
-
-def _time(
-    task: Task, method: str, options: argparse.Namespace, make_update: MakeUpdate
-) -> tuple[float, float]:
-    steps = WARM_UPS + options.rounds
-    config = Config(task.name, method, "sum", 0, steps, size=options.size)
-    return _interleaved(task, config, make_update)
-
-
-def _interleaved(
-    task: Task, config: Config, make_update: MakeUpdate
-) -> tuple[float, float]:
-    """Take the median milliseconds of the plain step, and the median ratio to it."""
+    config = Config(task.name, method, "sum", 0, WARM_UPS + rounds, size=size)
     stream = cycle(batches(task, config.batch_size, 8, seed=0))
-    plain, other = _step(config, plain_update), _step(config, make_update)
+    steps = [_step(config, make) for make in (plain_update, *updates.values())]
     seconds = []
     for _ in range(config.steps):
         batch = next(stream)
-        seconds.append((_seconds(plain, batch), _seconds(other, batch)))
+        seconds.append([_seconds(step, batch) for step in steps])
     kept = seconds[WARM_UPS:]
-    return 1000 * median(a for a, _ in kept), median(b / a for a, b in kept)
+    ratios = {
+        name: median(row[place] / row[0] for row in kept)
+        for place, name in enumerate(updates, start=1)
+    }
+    return 1000 * median(row[0] for row in kept), ratios
 
 
 def _step(config: Config, make_update: MakeUpdate) -> Step:

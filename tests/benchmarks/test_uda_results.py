@@ -2,10 +2,12 @@
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch.optim import SGD
 
 from benchmarks.uda import timing
@@ -30,6 +32,7 @@ from benchmarks.uda.table import COLUMNS, format_table, verdict
 from benchmarks.uda.timing import time_ratios
 from benchmarks.uda.train import run
 from benchmarks.uda.train import test_error as error_on
+from benchmarks.uda.updates import MakeUpdate, Update, plain_update
 
 
 def result(method: str, rule: str, seed: int, accuracy: float) -> Result:
@@ -249,10 +252,62 @@ def test_the_last_evaluation_is_after_the_last_step(task: Task) -> None:
     assert run(many, task).errors[-1][0] == 25
 
 
-def test_time_ratios_cover_every_rule_but_the_sum(task: Task) -> None:
-    ratios = time_ratios(task, "DANN", rounds=2)
-    assert ratios.keys() == RULES.keys() - {"sum"}
-    assert all(ratio > 0 for ratio in ratios.values())
+def test_times_are_medians_and_relative_to_the_plain_step_of_the_round(
+    task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that only counts updates: 1 for the plain one, 3 and 10 for others.
+
+    In the last round the machine is five times as slow.
+    """
+    now = 0.0
+    rounds = 4
+
+    def slow(cost: float) -> MakeUpdate:
+        def make(sgd: SGD, shared: Iterable[nn.Parameter]) -> Update:
+            del sgd, shared
+            done = 0
+
+            def update(losses: Losses) -> None:
+                nonlocal now, done
+                del losses
+                done += 1
+                warm = done > timing.WARM_UPS
+                last = done == timing.WARM_UPS + rounds
+                now += (cost if warm else 7 / cost) * (5 if last else 1)
+
+            return update
+
+        return make
+
+    monkeypatch.setattr(timing, "plain_update", slow(1))
+    monkeypatch.setattr("time.process_time", lambda: now)
+    updates = {"three": slow(3), "ten": slow(10)}
+    plain, ratios = time_ratios(task, "DANN", updates, rounds)
+    assert plain == pytest.approx(1000)
+    assert ratios == pytest.approx({"three": 3, "ten": 10})
+
+
+def test_a_timed_update_trains_networks_of_its_own_on_the_same_batches(
+    task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nn.Dropout, "forward", lambda _, inputs: inputs)
+    seen: list[list[float]] = []
+
+    def watch(sgd: SGD, shared: Iterable[nn.Parameter]) -> Update:
+        values: list[float] = []
+        seen.append(values)
+        step = plain_update(sgd, shared)
+
+        def update(losses: Losses) -> None:
+            values.append(losses.classification.item())
+            step(losses)
+
+        return update
+
+    time_ratios(task, "GVB", {"a": watch, "b": watch}, rounds=2)
+    assert len(seen) == 2
+    assert seen[0] == seen[1]
+    assert len(set(seen[0])) == timing.WARM_UPS + 2
 
 
 def test_what_a_step_costs_is_printed_for_each_method(
