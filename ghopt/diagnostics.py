@@ -414,20 +414,20 @@ def measure(
     rows = task_gradients(list(named.values()), wanted)
     products = gramian(rows)
     found = Harmonization(tuple(named), products, weigh(weighting, products))
-    tasks = [
-        {
-            param: grad
-            for param, grad in zip(wanted, row, strict=True)
-            if grad is not None
-        }
-        for row in rows
-    ]
-
-    def gramian_of(parameters: Iterable[Tensor]) -> Tensor:
-        found = gramian_over(tasks, list(dict.fromkeys(parameters)))
-        return torch.zeros_like(products) if found is None else found
-
     if recorder is not None:
+        tasks = [
+            {
+                param: grad
+                for param, grad in zip(wanted, row, strict=True)
+                if grad is not None
+            }
+            for row in rows
+        ]
+
+        def gramian_of(parameters: Iterable[Tensor]) -> Tensor:
+            found = gramian_over(tasks, list(dict.fromkeys(parameters)))
+            return torch.zeros_like(products) if found is None else found
+
         recorder.record(found, layers=_over(_listed(layers), gramian_of))
     return found
 
