@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.options import positive
-from benchmarks.uda.data import DEMO, REAL, load_task
+from benchmarks.uda.data import load_task
 from benchmarks.uda.extra import bench_extra
+from benchmarks.uda.options import DEMO_STEPS, REAL_STEPS, add_task, find_task
 from benchmarks.uda.plots import draw_all
 from benchmarks.uda.pool import run_all
 from benchmarks.uda.results import write_results
@@ -18,15 +19,12 @@ from benchmarks.uda.rules import RULES
 from benchmarks.uda.steps import METHODS, SOURCE_ONLY, Config
 from benchmarks.uda.table import format_notes, format_table, verdict
 
-DEMO_STEPS = 300
-REAL_STEPS = 1000
-
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command: train, print the table, write results and plots."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    name = options.task or (REAL[0] if options.data else DEMO)
+    name, usual = find_task(options)
     try:
         with bench_extra():  # now, not after minutes of training
             import matplotlib  # noqa: F401
@@ -35,8 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.out.mkdir(parents=True, exist_ok=True)
     except (ImportError, OSError, ValueError) as error:
         parser.error(str(error))
-    steps = options.steps or (DEMO_STEPS if name == DEMO else REAL_STEPS)
-    results, ratios = run_all(task, make_configs(name, options.seeds, steps))
+    configs = make_configs(name, options.seeds, options.steps or usual)
+    results, ratios = run_all(task, configs)
     write_results(options.out / "results.jsonl", results)
     paths = draw_all(results, options.out)
     table = format_table(results, ratios)
@@ -58,17 +56,7 @@ def make_configs(task: str, seeds: int, steps: int) -> list[Config]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m benchmarks.uda", description=__doc__)
-    parser.add_argument(
-        "--data",
-        type=Path,
-        metavar="DIR",
-        help=f"folder of mnist.npz and usps.npz, for the tasks {' and '.join(REAL)}",
-    )
-    parser.add_argument(
-        "--task",
-        choices=[DEMO, *REAL],
-        help=f"source-target (default: {REAL[0]} with --data, else {DEMO})",
-    )
+    add_task(parser)
     parser.add_argument(
         "--seeds", type=positive, default=3, metavar="N", help="(default: 3)"
     )

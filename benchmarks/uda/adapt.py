@@ -1,12 +1,13 @@
-"""Train one method with one rule on images of Office-31, Office-Home, VisDA or DomainNet.
+"""Train on images of Office-31, Office-Home, VisDA or DomainNet; go on where it stopped.
 
 The weights of the backbone and the images are read from folders; what is missing is
-named, with the place where it can be had. The finished run is appended to a file as one
-line of JSON, with its settings.
+named, with the place where it can be had. Each finished run is a line of a file, with its
+settings and a hash of them, of the images' names and of the weights; a run that is there
+is not trained again. In the end a table like that of the digits is printed.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -15,22 +16,29 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks.options import positive
-from benchmarks.uda.backbones import BACKBONES, build_networks
+from benchmarks.options import positive, whole
+from benchmarks.uda.backbones import (
+    BACKBONES,
+    build_networks,
+    digest_of,
+    load_backbone,
+)
 from benchmarks.uda.data import Batch
 from benchmarks.uda.extra import bench_extra
 from benchmarks.uda.image_lists import DATA_SETS, Domain, Task, load_task
 from benchmarks.uda.images import CROP, batches, normalize, ordered_batches
 from benchmarks.uda.networks import Networks
 from benchmarks.uda.results import (
+    Kept,
     Row,
+    angles,
     append_line,
-    cosines,
-    norm_ratios,
-    obtuse_share,
+    hash_of,
+    read_runs,
 )
 from benchmarks.uda.rules import ALL_RULES
 from benchmarks.uda.steps import ALL_METHODS, SOURCE_ONLY, Config, make_step
+from benchmarks.uda.table3 import format_table, make_configs
 from benchmarks.uda.updates import Harmonized, Record, to_row
 
 # Those of CDAN (Long et al., 2018), whose backbone has a rate of 0.001.
@@ -40,80 +48,83 @@ STEPS, BATCH, RATE, DECAY = 10000, 36, 0.01, 1e-3
 METHODS = tuple(method for method in ALL_METHODS if method != "SSRT")
 
 
-@dataclass(frozen=True)
-class Run:
+@dataclass(frozen=True, kw_only=True)
+class Run(Kept):
     """What is kept of one run.
 
     Attributes:
-        config: the fields of ``steps.Config``.
-        data: the data set, its domains, their lists or folders, and how many images.
-        backbone: its name, where its weights are from, and how many it has.
+        data: the data set; of its domains their lists or folders, the number of images
+            and a hash of their names and labels.
+        backbone: its name, where its weights are from, a hash of them, and how many it
+            has.
         versions: of packages, and the device.
         evaluations: (steps done, share of the target's test images that are right,
             mean of that share over the classes), in percent.
-        accuracy: the former after the last step.
         class_accuracy: the latter after the last step; what is usual for VisDA.
-        obtuse: share of obtuse angles over the run, in percent; None with one loss.
-        cosine: mean.
-        ratio: median of the norms' ratio.
     """
 
-    config: dict[str, object]
     data: dict[str, object]
     backbone: dict[str, object]
     versions: dict[str, str]
     evaluations: list[tuple[int, float, float]]
-    accuracy: float
     class_accuracy: float
-    obtuse: float | None = None
-    cosine: float | None = None
-    ratio: float | None = None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command."""
+    """Run the command: train what the store lacks, print what it has."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    config = Config(
+    like = Config(
         task=f"{options.dataset}: {options.source}-{options.target}",
-        method=options.method,
-        rule="sum" if options.method == SOURCE_ONLY else options.rule,
-        seed=options.seed,
+        method=SOURCE_ONLY,
+        rule="sum",
+        seed=0,
         steps=options.steps,
         batch_size=options.batch,
         lr=RATE,
         weight_decay=DECAY,
-        trade_off=options.trade_off,
         evaluations=options.evaluations,
         size=CROP,
     )
+    configs = make_configs(
+        like, options.methods, options.rules, options.seeds, options.trade_offs
+    )
     try:
-        with bench_extra("images"):  # now, not after minutes of loading
-            import PIL  # noqa: F401
+        with bench_extra():  # now, not after hours
+            import scipy  # noqa: F401
             import tqdm  # noqa: F401
+        with bench_extra("images"):
+            import PIL  # noqa: F401
         task = load_task(options.dataset, options.source, options.target, options.data)
-        _check_batch(task, config.batch_size)
-        networks, backbone = build_networks(
-            config.method,
-            task.classes,
-            config.seed,
-            options.backbone,
-            options.weights,
-        )
+        _check_batch(task, options.batch)
+        backbone = _describe_backbone(options.backbone, options.weights)
         options.store.parent.mkdir(parents=True, exist_ok=True)
         options.store.touch()
+        known = read_runs(options.store, Run)
     except (ImportError, OSError, ValueError) as error:
         parser.error(str(error))
-    networks.to(options.device)
-    evaluations, rows = train(
-        config, task, networks, backbone, options.device, options.workers
-    )
-    run = _summarize(config, task, evaluations, rows, options, backbone)
-    append_line(options.store, run)
+    data = describe_data(task)
+    keys = [key_of(config, data, backbone) for config in configs]
+    for key, config in zip(keys, configs, strict=True):
+        if key not in known:
+            run = _run(key, config, task, data, backbone, options)
+            append_line(options.store, run)
+            known[key] = run
     print(
-        f"{config.task}, {config.method}, {config.rule}: {run.accuracy:.1f} % of the "
-        f"target's images, {run.class_accuracy:.1f} % in the mean of the classes, "
-        f"after {config.steps} steps; kept in {options.store}"
+        f"\n{task.name}, {options.backbone}, {options.steps} steps\n\n"
+        f"{format_table([known[key] for key in keys])}\n\nKept in {options.store}"
+    )
+
+
+def key_of(
+    config: Config, data: Mapping[str, object], backbone: Mapping[str, object]
+) -> str:
+    """Hash what a run is of: the configuration, the images and the weights.
+
+    Neither where these are, nor the code: see ``table3.key_of``.
+    """
+    return hash_of(
+        asdict(config), data["digests"], backbone["name"], backbone["digest"]
     )
 
 
@@ -146,12 +157,11 @@ def train(
     record = Record()
     make_update = partial(Harmonized, rule=config.rule, record=record)
     step = make_step(config, networks, make_update, backbone.parameters(), task.classes)
-    evaluate_every = max(1, config.steps // config.evaluations)
     evaluations = []
     stream = batches(task, config.batch_size, config.steps, config.seed, workers)
     for done, batch in enumerate(tqdm(stream, total=config.steps), start=1):
         step(_to_input(batch, device), (done - 1) / config.steps)
-        if done % evaluate_every == 0 or done == config.steps:
+        if config.is_evaluated(done):
             found = evaluate(networks, task.test, config.batch_size, device, workers)
             evaluations.append((done, *found))
     rows = [to_row(one[0, 0], one[0, 1], one[1, 1]) for one in record.gramians]
@@ -201,37 +211,72 @@ def _check_batch(task: Task, size: int) -> None:
             )
 
 
-def _summarize(
+def _run(
+    key: str,
     config: Config,
     task: Task,
-    evaluations: list[tuple[int, float, float]],
-    rows: list[Row],
+    data: dict[str, object],
+    backbone: dict[str, object],
     options: argparse.Namespace,
-    backbone: nn.Module,
 ) -> Run:
-    domains = {"source": task.source, "target": task.target, "test": task.test}
-    data: dict[str, object] = {
-        role: {"origin": str(domain.origin), "images": len(domain.paths)}
-        for role, domain in domains.items()
-    }
+    """Train once, and say what came of it."""
+    networks, trained = build_networks(
+        config.method, task.classes, config.seed, options.backbone, options.weights
+    )
+    evaluations, rows = train(
+        config,
+        task,
+        networks.to(options.device),
+        trained,
+        options.device,
+        options.workers,
+    )
+    accuracy, class_accuracy = evaluations[-1][1:]
+    weight = "" if config.trade_off == 1 else f" x {config.trade_off:g}"
+    print(
+        f"{config.method}, {config.rule}{weight}, seed {config.seed}: {accuracy:.1f} % "
+        f"of the target's images, {class_accuracy:.1f} % in the mean of the classes"
+    )
     return Run(
-        asdict(config),
-        {"name": options.dataset, "classes": task.classes, **data},
-        {
-            "name": options.backbone,
-            "weights": options.weights or BACKBONES[options.backbone].hub,
-            "parameters": sum(one.numel() for one in backbone.parameters()),
-        },
-        {
-            **{name: version(name) for name in ("torch", "transformers", "pillow")},
+        key=key,
+        config=asdict(config),
+        torch=torch.__version__,
+        accuracy=accuracy,
+        **angles(rows)._asdict(),
+        data=data,
+        backbone=backbone,
+        versions={
+            **{name: version(name) for name in ("transformers", "pillow")},
             "device": str(options.device),
         },
-        evaluations,
-        *evaluations[-1][1:],
-        100 * obtuse_share(rows) if rows else None,
-        float(cosines(rows).mean()) if rows else None,
-        float(norm_ratios(rows).quantile(0.5)) if rows else None,
+        evaluations=evaluations,
+        class_accuracy=class_accuracy,
     )
+
+
+def describe_data(task: Task) -> dict[str, object]:
+    """Say what is kept of a task: see :class:`Run`."""
+    domains = {"source": task.source, "target": task.target, "test": task.test}
+    return {
+        "classes": task.classes,
+        "origins": {role: str(one.origin) for role, one in domains.items()},
+        "images": {role: len(one.paths) for role, one in domains.items()},
+        # With the folder of the class, without those above it.
+        "digests": {
+            role: hash_of([Path(path).parts[-2:] for path in one.paths], one.labels)
+            for role, one in domains.items()
+        },
+    }
+
+
+def _describe_backbone(name: str, weights: str | None) -> dict[str, object]:
+    backbone, _ = load_backbone(name, weights)
+    return {
+        "name": name,
+        "weights": weights or BACKBONES[name].hub,
+        "digest": digest_of(backbone),
+        "parameters": sum(one.numel() for one in backbone.parameters()),
+    }
 
 
 def _device(text: str) -> torch.device:
@@ -241,14 +286,6 @@ def _device(text: str) -> torch.device:
     except (AssertionError, RuntimeError) as error:
         first = str(error).splitlines()[0]
         raise argparse.ArgumentTypeError(f"invalid value: {text} ({first})") from error
-
-
-def _whole(text: str) -> int:
-    """Read an integer of at least 0, for ``argparse``."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"invalid value: {text} (must be at least 0)")
-    return value
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -266,10 +303,29 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--source", required=True, metavar="DOMAIN")
     parser.add_argument("--target", required=True, metavar="DOMAIN")
     parser.add_argument(
-        "--method", choices=METHODS, default="CDAN+E", help="(default: CDAN+E)"
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        default=["CDAN+E"],
+        help="(default: CDAN+E)",
     )
     parser.add_argument(
-        "--rule", choices=list(ALL_RULES), default="gh", help="(default: gh)"
+        "--rules",
+        nargs="+",
+        choices=list(ALL_RULES),
+        default=["sum", "gh"],
+        help="(default: sum gh)",
+    )
+    parser.add_argument(
+        "--trade-offs",
+        nargs="+",
+        type=float,
+        default=[1.0],
+        metavar="X",
+        help="weights of the alignment loss, in the sum only (default: 1)",
+    )
+    parser.add_argument(
+        "--seeds", type=positive, default=1, metavar="N", help="(default: 1)"
     )
     parser.add_argument(
         "--backbone",
@@ -282,7 +338,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="folder of the backbone's weights (default: those in the hub's cache)",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
     for name, default, text in (
         ("steps", STEPS, "training steps"),
         ("batch", BATCH, "images of each domain in a step"),
@@ -296,15 +351,8 @@ def _parser() -> argparse.ArgumentParser:
             help=f"{text} (default: {default})",
         )
     parser.add_argument(
-        "--trade-off",
-        type=float,
-        default=1.0,
-        metavar="X",
-        help="weight of the alignment loss (default: 1)",
-    )
-    parser.add_argument(
         "--workers",
-        type=_whole,
+        type=whole,
         default=2,
         metavar="N",
         help="processes that read images, for each domain; 0 for none (default: 2)",
@@ -317,7 +365,7 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         default=Path("adapt.jsonl"),
         metavar="FILE",
-        help="where the run is appended (default: adapt.jsonl)",
+        help="where the runs are kept (default: adapt.jsonl)",
     )
     return parser
 

@@ -5,6 +5,7 @@ in is normalized as the published trainings do it, with ImageNet's mean and devi
 for ViT, too, whose weights were trained on images in [-1, 1].
 """
 
+import hashlib
 import warnings
 from typing import Any, NamedTuple
 
@@ -137,6 +138,15 @@ def load_backbone(name: str, weights: str | None = None) -> tuple[nn.Module, int
     features: int = config.hidden_size if vit else config.hidden_sizes[-1]
     # from_pretrained leaves its model in evaluation mode.
     return backbone.train(), features
+
+
+def digest_of(module: nn.Module) -> str:
+    """Hash the parameters and buffers of a network on the CPU."""
+    found = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        found.update(name.encode())
+        found.update(tensor.contiguous().numpy())
+    return found.hexdigest()[:16]
 
 
 def _fetch(name: str) -> str:

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from benchmarks.options import positive
-from benchmarks.uda.__main__ import DEMO_STEPS, REAL_STEPS
-from benchmarks.uda.data import DEMO, REAL, Task, load_task
+from benchmarks.uda.data import Task, load_task
 from benchmarks.uda.extra import bench_extra
 from benchmarks.uda.features import (
     confusion_matrix,
@@ -24,9 +24,10 @@ from benchmarks.uda.features import (
     see,
 )
 from benchmarks.uda.networks import CLASSES, Networks
+from benchmarks.uda.options import DEMO_STEPS, REAL_STEPS, add_task, find_task
 from benchmarks.uda.plots import SHOWN, draw_all, draw_watched
 from benchmarks.uda.pool import finished
-from benchmarks.uda.results import Balance, Watched, append_line, read_lines
+from benchmarks.uda.results import Balance, Points, Watched, append_line, read_runs
 from benchmarks.uda.rules import FLIPS, LAMBDAS, RULES
 from benchmarks.uda.steps import ALL_METHODS, SOURCE_ONLY, Config
 from benchmarks.uda.table3 import key_of
@@ -42,10 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command: train what is missing, draw from the store."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    name = options.task or (REAL[0] if options.data else DEMO)
+    name, usual = find_task(options)
     seeds = options.seeds or (1 if options.quick else 3)
-    standard = DEMO_STEPS if name == DEMO else REAL_STEPS
-    steps = options.steps or (QUICK_STEPS if options.quick else standard)
+    steps = options.steps or (QUICK_STEPS if options.quick else usual)
     configs = make_configs(name, options.methods, seeds, steps)
     store = options.out / "runs.jsonl"
     try:
@@ -53,14 +53,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             import matplotlib  # noqa: F401
             import sklearn  # noqa: F401
             import tqdm  # noqa: F401
-        known = read(store)
+        known = read_runs(store, Watched)
         missing = [one for one in configs if key_of(one) not in known]
         if missing and not options.show:
             task = load_task(name, options.data, exact=True)
             options.out.mkdir(parents=True, exist_ok=True)
             for watched in finished(task, missing, watch, options.workers):
                 append_line(store, watched)
-            known = read(store)
+            known = read_runs(store, Watched)
         runs = whole_seeds(known, configs)
     except (ImportError, OSError, ValueError) as error:
         parser.error(str(error))
@@ -89,12 +89,12 @@ def watch(config: Config, task: Task) -> Watched:
     t-SNE, which takes longer than many a run, is for the first seed of the rules that
     are drawn.
     """
-    source = task.source.images[sample_rows(len(task.source.images), IMAGES)]
-    labels = task.source.labels[sample_rows(len(task.source.labels), IMAGES)]
+    rows = sample_rows(len(task.source.images), IMAGES)
+    source, labels = task.source.images[rows], task.source.labels[rows]
     target = task.target[sample_rows(len(task.target), IMAGES)]
     balance: list[Balance] = []
     confusion: list[list[int]] = []
-    points: dict[str, list[tuple[float, float, int]]] = {}
+    points: dict[str, Points] = {}
 
     def observe(done: int, networks: Networks) -> None:
         ours, theirs = see(networks, source), see(networks, target)
@@ -111,15 +111,12 @@ def watch(config: Config, task: Task) -> Watched:
             table = confusion_matrix(task.test.labels, test.predicted, CLASSES)
             confusion.extend(table.tolist())
             if config.seed == 0 and config.rule in SHOWN:
-                rows = sample_rows(len(test.features), POINTS)
-                half = ours.features[:POINTS]
-                found = embed(torch.cat([half, test.features[rows]])).tolist()
-                classes = [*labels[:POINTS].tolist(), *task.test.labels[rows].tolist()]
-                both = [(x, y, c) for (x, y), c in zip(found, classes, strict=True)]
-                points["source"], points["target"] = (
-                    both[: len(half)],
-                    both[len(half) :],
-                )
+                drawn = sample_rows(len(test.features), POINTS)
+                features = {
+                    "source": (ours.features[:POINTS], labels[:POINTS]),
+                    "target": (test.features[drawn], task.test.labels[drawn]),
+                }
+                points.update(embed_domains(features))
 
     result = run(config, task, observe)
     return Watched(
@@ -132,13 +129,14 @@ def watch(config: Config, task: Task) -> Watched:
     )
 
 
-def read(store: Path) -> dict[str, Watched]:
-    """Read the runs by their keys; an unfinished last line is none.
-
-    Raises:
-        ValueError: if another line is not one of a run.
-    """
-    return {one.key: one for one in read_lines(store, Watched)}
+def embed_domains(domains: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Points]:
+    """Draw the features ``[n, f]`` of all domains in one plane, with their labels."""
+    places = embed(torch.cat([features for features, _ in domains.values()])).tolist()
+    rows = iter(places)
+    return {
+        name: [(*next(rows), label) for label in labels.tolist()]
+        for name, (_, labels) in domains.items()
+    }
 
 
 def whole_seeds(
@@ -160,17 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "python -m benchmarks.uda.figures", description=__doc__
     )
-    parser.add_argument(
-        "--data",
-        type=Path,
-        metavar="DIR",
-        help=f"folder of mnist.npz and usps.npz, for the tasks {' and '.join(REAL)}",
-    )
-    parser.add_argument(
-        "--task",
-        choices=[DEMO, *REAL],
-        help=f"source-target (default: {REAL[0]} with --data, else {DEMO})",
-    )
+    add_task(parser)
     parser.add_argument(
         "--methods",
         nargs="+",

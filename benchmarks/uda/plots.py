@@ -1,7 +1,7 @@
 """Plots of stored runs: figures 2 and 8 to 14 of the paper, as far as runs are stored.
 
-``python -m benchmarks.uda.plots uda-results`` draws those of the main job again from the results
-there; ``python -m benchmarks.uda.figures`` draws all.
+``python -m benchmarks.uda.plots uda-results`` draws those of the main job again from the
+results there; ``python -m benchmarks.uda.figures`` draws all.
 """
 
 import sys
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.uda.extra import bench_extra
+from benchmarks.uda.networks import CLASSES
 from benchmarks.uda.results import (
     Result,
     Row,
@@ -385,7 +386,7 @@ def _sign_flips(results: Sequence[Watched]) -> "Figure":
             axes.plot(found, [place] * len(found), ".", color="black", markersize=4)
             axes.text(max(found) + 2, place, f"{middle:.1f}", va="center", fontsize=8)
         axes.set_yticks(range(len(bars)), [label for label, _, _ in bars], fontsize=9)
-        axes.axvline(10, color="black", linestyle=":", linewidth=1)
+        axes.axvline(100 / CLASSES, color="black", linestyle=":", linewidth=1)
         axes.set_title(method, fontsize=10)
         axes.set_xlabel("target test accuracy (%)")
         axes.set_xlim(0, 100)

@@ -1,12 +1,14 @@
 """What runs leave behind, on disk and as statistics over seeds."""
 
+import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,13 +16,26 @@ from torch import Tensor
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-KeptT = TypeVar("KeptT")
+
+class Keyed(Protocol):
+    """Something with a key."""
+
+    @property
+    def key(self) -> str:
+        """Tell it from others."""
+        ...
+
+
+KeyedT = TypeVar("KeyedT", bound=Keyed)
 
 Row: TypeAlias = tuple[float, float, float]
 """A Gramian of two tasks: g1.g1, g1.g2 and g2.g2."""
 
 Balance: TypeAlias = tuple[int, float, float, float]
 """Steps done; linear MMD; max J(W) of the source, and of the target as predicted."""
+
+Points: TypeAlias = list[tuple[float, float, int]]
+"""What t-SNE made of images: x, y, class."""
 
 # Cosines nearer to 0 than this are 0: GH++ makes orthogonal gradients, up to rounding.
 ORTHOGONAL = 1e-9
@@ -96,18 +111,55 @@ class Watched(Result):
         balance: at each evaluation.
         confusion: target test images by label (row) and predicted class, after the last
             step.
-        points: what t-SNE made of features after the last step: (x, y, class) of the
-            images of ``"source"`` and ``"target"``; empty for runs that are not drawn.
+        points: of the images of ``"source"`` and ``"target"`` after the last step; empty
+            for runs that are not drawn.
     """
 
     key: str = ""
     torch: str = ""
     balance: list[Balance] = field(default_factory=list)
     confusion: list[list[int]] = field(default_factory=list)
-    points: dict[str, list[tuple[float, float, int]]] = field(default_factory=dict)
+    points: dict[str, Points] = field(default_factory=dict)
 
 
 ResultT = TypeVar("ResultT", bound=Result)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """The numbers of one run, without its thousands of Gramians: a table's row needs them.
+
+    Attributes:
+        key: hash of the configuration and the data.
+        config: the fields of ``steps.Config``.
+        torch: its version.
+        accuracy: on the target's test set after the last step, in percent.
+        selected: the same where the source validation error was least; NaN if there was
+            no validation.
+        obtuse: share of obtuse angles over the run, in percent; None with one loss.
+        cosine: mean.
+        ratio: median of the norms' ratio.
+        null: share of obtuse angles of unrelated gradients, in percent; None where they
+            were not looked at.
+    """
+
+    key: str
+    config: dict[str, object]
+    torch: str
+    accuracy: float
+    selected: float = math.nan
+    obtuse: float | None = None
+    cosine: float | None = None
+    ratio: float | None = None
+    null: float | None = None
+
+
+class Angles(NamedTuple):
+    """How two gradients lay to each other over a run: see :class:`Kept`."""
+
+    obtuse: float | None = None
+    cosine: float | None = None
+    ratio: float | None = None
 
 
 @dataclass(frozen=True)
@@ -144,31 +196,40 @@ def read_results(path: Path) -> list[Result]:
 
 def append_line(store: Path, run: "DataclassInstance") -> None:
     """Write one more line, after what is left of one that was not finished."""
-    text = store.read_text() if store.exists() else ""
-    with store.open("a") as file:
-        if text and not text.endswith("\n"):
-            file.truncate(len(text[: text.rfind("\n") + 1].encode()))
-        file.write(f"{json.dumps(asdict(run))}\n")
+    with store.open("a+b") as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            if file.read() != b"\n":
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(f"{json.dumps(asdict(run))}\n".encode())
 
 
-def read_lines(store: Path, make: Callable[..., KeptT]) -> list[KeptT]:
-    """Read what :func:`append_line` wrote; an unfinished last line is none.
+def read_runs(store: Path, make: Callable[..., KeyedT]) -> dict[str, KeyedT]:
+    """Read what :func:`append_line` wrote, by key; an unfinished last line is none.
 
     Raises:
         ValueError: if another line is not one of a run.
     """
     if not store.exists():
-        return []
-    runs = []
+        return {}
+    runs = {}
     lines = store.read_text().split("\n")
     for number, line in enumerate(lines[:-1], 1):
         try:
-            runs.append(make(**json.loads(line)))
+            run = make(**json.loads(line))
+            runs[run.key] = run
         except (ValueError, TypeError) as error:
             raise ValueError(
                 f"store must hold runs, got {store} with {error!r} in its line {number}"
             ) from error
     return runs
+
+
+def hash_of(*parts: object) -> str:
+    """Hash what JSON can write: a key."""
+    text = json.dumps(parts, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def select(results: Sequence[ResultT], method: str, rule: str) -> list[ResultT]:
@@ -214,6 +275,17 @@ def norm_ratios(rows: Sequence[Row]) -> Tensor:
 def obtuse_share(rows: Sequence[Row]) -> float:
     """Share of pairs at an obtuse angle, in [0, 1]; NaN without pairs."""
     return float((cosines(rows) < -ORTHOGONAL).double().mean())
+
+
+def angles(rows: Sequence[Row]) -> Angles:
+    """Sum up a run's Gramians; nothing without any."""
+    if not rows:
+        return Angles()
+    return Angles(
+        100 * obtuse_share(rows),
+        float(cosines(rows).mean()),
+        float(norm_ratios(rows).quantile(0.5)),
+    )
 
 
 def pool(results: Sequence[Result], field: str) -> list[Row]:

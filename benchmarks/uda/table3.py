@@ -6,11 +6,9 @@ and a hash of them and the data: other runs never mix, and a killed one is begun
 """
 
 import argparse
-import hashlib
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, median, stdev
 from tempfile import TemporaryDirectory
@@ -20,14 +18,16 @@ import torch
 from benchmarks.options import positive
 from benchmarks.uda.data import DEMO, LARGE, REAL, SHA256, SIZE, Task, load_task
 from benchmarks.uda.extra import bench_extra
+from benchmarks.uda.options import add_data
 from benchmarks.uda.pool import finished
 from benchmarks.uda.results import (
+    Kept,
     Result,
+    angles,
     append_line,
-    cosines,
-    norm_ratios,
+    hash_of,
     obtuse_share,
-    read_lines,
+    read_runs,
 )
 from benchmarks.uda.rules import ALL_RULES
 from benchmarks.uda.steps import ALL_METHODS, SOURCE_ONLY, Config
@@ -85,35 +85,17 @@ paper: Table 3, 28x28, 50 000 steps, best epoch on the target's test set; SSRT w
   ViT-B/16 that had seen ImageNet-21K, ours is small and starts at random."""
 
 
-@dataclass(frozen=True)
-class Run:
+@dataclass(frozen=True, kw_only=True)
+class Run(Kept):
     """What is kept of one run.
 
     Attributes:
-        key: hash of the configuration and the data.
-        config: the fields of ``steps.Config``.
-        torch: its version.
-        accuracy: on the target's test set after the last step, in percent.
-        selected: the same where the source validation error was least.
         errors: (steps done, target test error).
         validation: (steps done, source validation error).
-        obtuse: share of obtuse angles over the run, in percent; None with one loss.
-        cosine: mean.
-        ratio: median of the norms' ratio.
-        null: share of obtuse angles of unrelated gradients; runs of the sum only.
     """
 
-    key: str
-    config: dict[str, object]
-    torch: str
-    accuracy: float
-    selected: float
     errors: list[tuple[int, float]]
     validation: list[tuple[int, float]]
-    obtuse: float | None = None
-    cosine: float | None = None
-    ratio: float | None = None
-    null: float | None = None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -131,12 +113,14 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Train what is missing, and print."""
     wanted = {
         name: make_configs(
-            name,
+            Config(
+                *(name, SOURCE_ONLY, "sum", 0),
+                *(options.steps, BATCH, RATE),
+                size=options.size,
+            ),
             options.methods,
             options.rules,
-            range(options.seeds),
-            options.steps,
-            options.size,
+            options.seeds,
         )
         for name in options.tasks
     }
@@ -146,7 +130,7 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
             with bench_extra():
                 import scipy  # noqa: F401  # now, not after hours
                 import tqdm  # noqa: F401
-            known = read(options.store)
+            known = read_runs(options.store, Run)
             missing = [one for one in configs if key_of(one) not in known]
             to_train = missing and not options.show
             task = load_task(name, data, options.size, exact=True) if to_train else None
@@ -154,7 +138,7 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
             parser.error(str(error))
         if task:
             train(task, missing, options.store, options.workers)
-    runs = read(options.store)
+    runs = read_runs(options.store, Run)
     for name, configs in wanted.items():
         chosen = [runs[key] for key in map(key_of, configs) if key in runs]
         size = f"{options.size}x{options.size}"
@@ -163,46 +147,49 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
 
 
 def make_configs(
-    task: str,
+    like: Config,
     methods: Iterable[str],
     rules: Iterable[str],
-    seeds: Iterable[int],
-    steps: int,
-    size: int = SIZE,
+    seeds: int,
+    weights: Iterable[float] = WEIGHTS,
 ) -> list[Config]:
-    """List the runs: seed by seed, so that what is there is always paired."""
+    """List the runs: seed by seed, so that what is there is always paired.
+
+    Args:
+        like: what they have in common.
+        methods: of every seed.
+        rules: of every method that has two losses.
+        seeds: how many.
+        weights: of the alignment loss, in the plain sum.
+    """
+    rules, weights = list(rules), list(weights)
     return [
-        Config(
-            task, method, rule, seed, steps, BATCH, RATE, trade_off=weight, size=size
-        )
-        for seed in seeds
+        replace(like, method=method, rule=rule, seed=seed, trade_off=weight)
+        for seed in range(seeds)
         for method in methods
         for rule in (["sum"] if method == SOURCE_ONLY else rules)
-        for weight in (WEIGHTS if rule == "sum" and method != SOURCE_ONLY else (1.0,))
+        for weight in (weights if rule == "sum" and method != SOURCE_ONLY else [1.0])
     ]
 
 
 def train(task: Task, configs: Sequence[Config], store: Path, workers: int) -> None:
     """Train in worker processes; append each run to the store when it is finished."""
     for result in finished(task, configs, run, workers):
-        append(store, summarize(result))
+        append_line(store, summarize(result))
 
 
 def summarize(result: Result) -> Run:
     """Keep the numbers of a run, not its thousands of Gramians."""
-    pairs = bool(result.before)
     return Run(
-        key_of(Config(**result.config)),
-        result.config,
-        torch.__version__,
-        result.accuracy,
-        result.selected,
-        result.errors,
-        result.validation,
-        100 * obtuse_share(result.before) if pairs else None,
-        float(cosines(result.before).mean()) if pairs else None,
-        float(norm_ratios(result.before).quantile(0.5)) if pairs else None,
-        100 * obtuse_share(result.null) if result.null else None,
+        key=key_of(Config(**result.config)),
+        config=result.config,
+        torch=torch.__version__,
+        accuracy=result.accuracy,
+        selected=result.selected,
+        errors=result.errors,
+        validation=result.validation,
+        **angles(result.before)._asdict(),
+        null=100 * obtuse_share(result.null) if result.null else None,
     )
 
 
@@ -212,31 +199,16 @@ def key_of(config: Config) -> str:
     Not the code, of which the constants of the methods are a part: who changes what they
     compute begins a new store.
     """
-    files = {file: SHA256[file] for file in sorted(SHA256)}
-    text = json.dumps([asdict(config), files], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hash_of(asdict(config), SHA256)
 
 
-def append(store: Path, run: Run) -> None:
-    """Write one more line, after what is left of one that was not finished."""
-    append_line(store, run)
-
-
-def read(store: Path) -> dict[str, Run]:
-    """Read the runs by their keys; an unfinished last line is none.
-
-    Raises:
-        ValueError: if another line is not one of a run.
-    """
-    return {run.key: run for run in read_lines(store, Run)}
-
-
-def format_table(runs: Sequence[Run]) -> str:
+def format_table(runs: Sequence[Kept]) -> str:
     """Lay out a line per method and rule of one task, with as many seeds as there are."""
     rows: list[tuple[str, ...]] = [COLUMNS]
+    weights = sorted({float(str(run.config["trade_off"])) for run in runs})
     for method in ALL_METHODS:
         for rule in ALL_RULES:
-            for weight in WEIGHTS:
+            for weight in weights:
                 own = _by_seed(runs, method, rule, weight)
                 if own:
                     rows.append(_row(own, _by_seed(runs, method, "sum", 1.0)))
@@ -267,15 +239,15 @@ def interval(differences: Sequence[float]) -> tuple[float, float]:
 
 
 def _by_seed(
-    runs: Iterable[Run], method: str, rule: str, weight: float
-) -> dict[object, Run]:
+    runs: Iterable[Kept], method: str, rule: str, weight: float
+) -> dict[object, Kept]:
     wanted = {"method": method, "rule": rule, "trade_off": weight}
     return {
         run.config["seed"]: run for run in runs if wanted.items() <= run.config.items()
     }
 
 
-def _row(own: dict[object, Run], plain: dict[object, Run]) -> tuple[str, ...]:
+def _row(own: dict[object, Kept], plain: dict[object, Kept]) -> tuple[str, ...]:
     first = next(iter(own.values()))
     method, rule, task = (str(first.config[key]) for key in ("method", "rule", "task"))
     weight = float(str(first.config["trade_off"]))
@@ -316,7 +288,7 @@ def _difference(paired: Sequence[float]) -> str:
 
 
 def _median(
-    runs: dict[object, Run], value: Callable[[Run], float | None], form: str
+    runs: dict[object, Kept], value: Callable[[Kept], float | None], form: str
 ) -> str:
     found = [one for one in map(value, runs.values()) if one is not None]
     return format(median(found), form) if found else "-"
@@ -326,9 +298,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "python -m benchmarks.uda.table3", description=__doc__
     )
-    parser.add_argument(
-        "--data", type=Path, metavar="DIR", help="folder of mnist.npz and usps.npz"
-    )
+    add_data(parser)
     parser.add_argument("--tasks", nargs="+", choices=[*REAL, DEMO], default=list(REAL))
     parser.add_argument(
         "--methods", nargs="+", choices=ALL_METHODS, default=list(ALL_METHODS)

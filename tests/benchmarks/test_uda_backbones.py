@@ -1,8 +1,10 @@
 """Backbones and the command: tiny networks with random weights, from folders."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,15 +19,28 @@ from transformers import (
 )
 
 from benchmarks.uda import backbones
-from benchmarks.uda.adapt import METHODS, Run, evaluate, main, train
-from benchmarks.uda.backbones import BACKBONES, build_networks, load_backbone
+from benchmarks.uda.adapt import (
+    METHODS,
+    Run,
+    describe_data,
+    evaluate,
+    key_of,
+    main,
+    train,
+)
+from benchmarks.uda.backbones import (
+    BACKBONES,
+    build_networks,
+    digest_of,
+    load_backbone,
+)
 from benchmarks.uda.data import Batch
 from benchmarks.uda.dwl import Balance
 from benchmarks.uda.image_lists import Domain, Task, load_task
 from benchmarks.uda.images import normalize
 from benchmarks.uda.methods import dann_losses
 from benchmarks.uda.networks import Networks
-from benchmarks.uda.results import read_lines
+from benchmarks.uda.results import read_runs
 from benchmarks.uda.rules import RULES
 from benchmarks.uda.steps import Config, make_step
 from benchmarks.uda.updates import Harmonized, Record, Update
@@ -33,6 +48,7 @@ from benchmarks.uda.updates import Harmonized, Record, Update
 # All but one test: the tiny networks have fewer layers than those of the names.
 pytestmark = pytest.mark.filterwarnings("ignore:.* layers, but .* has")
 
+CONFIG = Config("visda-2017: train-validation", "DANN", "gh", seed=0, steps=2)
 CPU = torch.device("cpu")
 NAMES = [f"class_{label:02}" for label in range(12)]
 
@@ -444,7 +460,7 @@ def arguments(data: Path, folder: Path, store: Path) -> list[str]:
     ]
 
 
-def test_the_command_trains_and_appends_a_line_with_its_settings(
+def test_the_command_trains_and_keeps_a_line_with_its_settings(
     data: Path,
     weights: dict[str, Path],
     tmp_path: Path,
@@ -456,9 +472,11 @@ def test_the_command_trains_and_appends_a_line_with_its_settings(
         ("vit-b16-in21k", "vit", "sum"),
     ):
         asked = arguments(data, weights[kind], store)
-        main([*asked, "--backbone", backbone, "--rule", rule, "--seed", "5"])
-        assert f"CDAN+E, {rule}: " in capsys.readouterr().out
-    runs = read_lines(store, Run)
+        main([*asked, "--backbone", backbone, "--rules", rule, "--seeds", "1"])
+        shown = capsys.readouterr().out
+        assert f"CDAN+E, {rule}, seed 0: " in shown
+        assert f"visda-2017: train-validation, {backbone}, 2 steps" in shown
+    runs = [*read_runs(store, Run).values()]
     assert len(runs) == len(store.read_text().splitlines()) == 2
     assert [run.backbone["name"] for run in runs] == ["resnet-50", "vit-b16-in21k"]
     assert runs[0].backbone["weights"] == str(weights["resnet"])
@@ -469,23 +487,113 @@ def test_the_command_trains_and_appends_a_line_with_its_settings(
             "task": "visda-2017: train-validation",
             "method": "CDAN+E",
             "rule": rule,
-            "seed": 5,
+            "seed": 0,
             "steps": 2,
             "batch_size": 4,
             "lr": 0.01,
             "momentum": 0.9,
             "weight_decay": 0.001,
+            "trade_off": 1.0,
+            "size": 224,
         }
         assert expected.items() <= run.config.items()
-        assert run.data["name"] == "visda-2017"
         assert run.data["classes"] == 12
-        assert run.data["source"] == {"origin": str(data / "train"), "images": 24}
-        assert run.data["test"] == {"origin": str(data / "validation"), "images": 12}
-        assert run.versions["torch"] == torch.__version__
+        origins = {"source": "train", "target": "validation", "test": "validation"}
+        assert run.data["origins"] == {
+            role: str(data / name) for role, name in origins.items()
+        }
+        assert run.data["images"] == {"source": 24, "target": 12, "test": 12}
+        assert run.torch == torch.__version__
         assert run.versions["device"] == "cpu"
         assert list(run.evaluations[-1]) == [2, run.accuracy, run.class_accuracy]
         assert run.obtuse in (0, 50, 100)
         assert None not in (run.cosine, run.ratio)
+
+
+def test_only_what_the_store_lacks_is_trained_and_all_of_it_is_in_the_table(
+    data: Path,
+    weights: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    store = tmp_path / "adapt.jsonl"
+    asked = [*arguments(data, weights["resnet"], store), "--steps", "1"]
+    asked += ["--methods", "source-only", "DANN", "--rules", "sum", "gh"]
+
+    def trained(*others: str) -> tuple[list[str], list[str]]:
+        main([*asked, *others])
+        lines = capsys.readouterr().out.splitlines()
+        rule = next(i for i, line in enumerate(lines) if line.startswith("---"))
+        begun = [line.split(":")[0] for line in lines if ", seed " in line]
+        return begun, [" ".join(line.split()[:2]) for line in lines[rule + 1 : -2]]
+
+    first = ["source-only, sum, seed 0", "DANN, sum, seed 0", "DANN, gh, seed 0"]
+    assert trained() == (first, ["source-only -", "DANN sum", "DANN gh"])
+    store.write_text(store.read_text()[:-20])  # killed while it wrote
+    assert trained()[0] == first[-1:]
+    assert trained()[0] == []
+    begun, table = trained("--trade-offs", "1", "0.5")
+    assert begun == ["DANN, sum x 0.5, seed 0"]
+    assert table == ["source-only -", "DANN sum", "DANN sum", "DANN gh"]
+    assert trained("--seeds", "2")[0] == [one[:-1] + "1" for one in first]
+    # Other settings are other runs, and are not in the table of these.
+    begun, table = trained("--rules", "gh", "--methods", "DANN", "--batch", "3")
+    assert (begun, table) == (first[-1:], ["DANN gh"])
+    assert len(store.read_text().splitlines()) == 8
+
+
+def test_other_images_labels_and_weights_are_other_runs_and_other_places_are_not(
+    task: Task,
+) -> None:
+    def key(task: Task, **other: object) -> str:
+        backbone = {"name": "resnet-50", "weights": "here", "digest": "1", **other}
+        return key_of(CONFIG, describe_data(task), backbone)
+
+    def changed(**domains: Domain) -> Task:
+        return Task(**{**task._asdict(), **domains})
+
+    def moved(domain: Domain) -> Domain:
+        paths = [f"/elsewhere{path}" for path in domain.paths]
+        return domain._replace(origin=Path("/elsewhere"), paths=paths)
+
+    same = key(task)
+    places = {role: moved(getattr(task, role)) for role in ("source", "target", "test")}
+    assert key(changed(**places)) == same
+    assert key(task, weights="there") == same
+    assert key(task, digest="2") != same
+    assert key(task, name="resnet-101") != same
+    for role in ("source", "target", "test"):
+        domain: Domain = getattr(task, role)
+        labels = [*domain.labels[1:], domain.labels[0]]
+        for other in (
+            domain._replace(labels=labels),
+            domain._replace(paths=domain.paths[1:], labels=domain.labels[1:]),
+            domain._replace(paths=domain.paths[::-1], labels=domain.labels),
+        ):
+            assert key(changed(**{role: other})) != same
+    weights = {"name": "resnet-50", "digest": "1"}
+    data = describe_data(task)
+    one, two = (key_of(replace(CONFIG, seed=seed), data, weights) for seed in (0, 1))
+    assert one != two
+
+
+def test_the_hash_of_weights_is_that_of_their_names_and_values() -> None:
+    def digest(change: Callable[[nn.Module], object]) -> str:
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+        with torch.no_grad():
+            change(module)
+        return digest_of(module)
+
+    changes: list[Callable[[Any], object]] = [
+        lambda _: None,
+        lambda module: module[0].weight[1, 2].add_(1e-3),
+        lambda module: module[1].running_mean.add_(1),  # a buffer
+        lambda module: module.append(nn.Linear(1, 1, bias=False)),
+        lambda module: module.register_module("2", module._modules.pop("1")),
+    ]
+    assert len({digest(change) for change in changes}) == len(changes)
+    assert digest(lambda _: None) == digest(lambda _: None)
 
 
 def test_the_command_reads_office_31_and_trains_on_the_source_alone(
@@ -499,7 +607,7 @@ def test_the_command_reads_office_31_and_trains_on_the_source_alone(
     store = tmp_path / "runs.jsonl"
     asked = arguments(tmp_path, weights["resnet"], store)
     asked[3:8:2] = ["office-31", "amazon", "webcam"]
-    main([*asked, "--method", "source-only", "--rule", "gh"])
+    main([*asked, "--methods", "source-only", "--rules", "gh"])
     kept = json.loads(store.read_text())
     assert kept["config"]["rule"] == "sum"  # of one loss, all rules are the sum
     assert kept["obtuse"] is None
@@ -524,7 +632,8 @@ def test_what_is_missing_is_named_before_anything_is_trained(
         (["--device", "toaster"], "invalid value: toaster"),
         (["--steps", "0"], "must be at least 1"),
         (["--workers", "-1"], "must be at least 0"),
-        (["--method", "SSRT"], "invalid choice: 'SSRT'"),
+        (["--methods", "SSRT"], "invalid choice: 'SSRT'"),
+        (["--store", __file__], "store must hold runs"),
     ):
         with pytest.raises(SystemExit):
             main([*good, *others])
@@ -538,9 +647,9 @@ def test_the_rules_of_a_seed_differ_only_by_the_rule(
     """Where nothing is opposed, all rules end alike: same weights, same images."""
     store = tmp_path / "adapt.jsonl"
     asked = arguments(data, weights["resnet"], store)
-    for rule in RULES:
-        main([*asked, "--rule", rule, "--method", "DANN", "--steps", "1"])
-    runs = read_lines(store, Run)
+    main([*asked, "--rules", *RULES, "--methods", "DANN", "--steps", "1"])
+    runs = read_runs(store, Run).values()
+    assert len(runs) == len(RULES)
     # In the first step the reversal's coefficient is 0, and so is the first gradient.
     assert {run.cosine for run in runs} == {0}
     assert len({tuple(map(tuple, run.evaluations)) for run in runs}) == 1

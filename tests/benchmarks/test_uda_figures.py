@@ -20,7 +20,7 @@ import ghopt
 from benchmarks.uda import figures
 from benchmarks.uda.data import Task
 from benchmarks.uda.features import linear_mmd, max_j, see
-from benchmarks.uda.figures import main, make_configs, read, watch, whole_seeds
+from benchmarks.uda.figures import main, make_configs, watch, whole_seeds
 from benchmarks.uda.networks import CLASSES, build_networks
 from benchmarks.uda.plots import (
     SHOWN,
@@ -29,7 +29,7 @@ from benchmarks.uda.plots import (
     make_figures,
     make_watched_figures,
 )
-from benchmarks.uda.results import Watched, append_line
+from benchmarks.uda.results import Watched, append_line, read_runs
 from benchmarks.uda.rules import ALL_RULES, FLIPS, LAMBDAS, RULES, find_rule
 from benchmarks.uda.steps import Config
 from benchmarks.uda.table3 import key_of
@@ -187,16 +187,16 @@ def test_only_the_first_seed_of_the_rules_that_are_drawn_is_embedded(
 
 def test_a_watched_run_comes_back_from_the_store(task: Task, tmp_path: Path) -> None:
     store = tmp_path / "runs.jsonl"
-    assert read(store) == {}
+    assert read_runs(store, Watched) == {}
     watched = watch(CONFIG, task)
     append_line(store, watched)
-    again = read(store)[key_of(CONFIG)]
+    again = read_runs(store, Watched)[key_of(CONFIG)]
     assert json.dumps(asdict(again)) == json.dumps(asdict(watched))
     store.write_text(store.read_text()[:-9])
-    assert read(store) == {}
+    assert read_runs(store, Watched) == {}
     store.write_text('{"a": 1}\n')
     with pytest.raises(ValueError, match="store must hold runs"):
-        read(store)
+        read_runs(store, Watched)
 
 
 def test_only_whole_seeds_are_drawn() -> None:
@@ -296,7 +296,9 @@ def test_the_quick_command_draws_all_figures_in_worker_processes(
 ) -> None:
     main(["--quick", "--steps", "2", "--methods", "CDAN+E", "--out", str(tmp_path)])
     assert {path.name for path in tmp_path.iterdir()} == NAMES | {"runs.jsonl"}
-    configs = [one.config for one in read(tmp_path / "runs.jsonl").values()]
+    configs = [
+        one.config for one in read_runs(tmp_path / "runs.jsonl", Watched).values()
+    ]
     assert {(one["seed"], one["steps"], one["task"]) for one in configs} == {
         (0, 2, "mnist5k-digits")
     }

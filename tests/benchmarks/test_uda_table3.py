@@ -11,19 +11,19 @@ import pytest
 
 from benchmarks.uda import table3
 from benchmarks.uda.data import SHA256, Task
-from benchmarks.uda.results import Result
+from benchmarks.uda.results import Result, append_line, read_runs
 from benchmarks.uda.rules import ALL_RULES
 from benchmarks.uda.steps import ALL_METHODS, Config
 from benchmarks.uda.table3 import (
+    BATCH,
     PAPER,
+    RATE,
     Run,
-    append,
     format_table,
     interval,
     key_of,
     main,
     make_configs,
-    read,
     summarize,
     train,
 )
@@ -36,8 +36,19 @@ def run_of(
     rule: str = "sum", seed: int = 0, accuracy: float = 50.0, **other: object
 ) -> Run:
     config = replace(CONFIG, rule=rule, seed=seed, **other)  # type: ignore[arg-type]  # by name
-    pairs = {"obtuse": 60.0, "cosine": -0.05, "ratio": 0.25, "null": 50.0}
-    return Run(key_of(config), asdict(config), "2", accuracy, 48.0, [], [], **pairs)
+    return Run(
+        key=key_of(config),
+        config=asdict(config),
+        torch="2",
+        accuracy=accuracy,
+        selected=48.0,
+        obtuse=60.0,
+        cosine=-0.05,
+        ratio=0.25,
+        null=50.0,
+        errors=[],
+        validation=[],
+    )
 
 
 def lines(runs: Sequence[Run]) -> list[list[str]]:
@@ -48,7 +59,10 @@ def lines(runs: Sequence[Run]) -> list[list[str]]:
 
 
 def test_every_seed_has_every_rule_and_the_sum_at_every_weight() -> None:
-    configs = make_configs("usps-mnist", ["source-only", "MCD"], ALL_RULES, range(2), 5)
+    configs = make_configs(CONFIG, ["source-only", "MCD"], ALL_RULES, 2)
+    common = ("task", "steps", "batch_size", "size")
+    for name in common:
+        assert {asdict(one)[name] for one in configs} == {asdict(CONFIG)[name]}
     assert len({key_of(one) for one in configs}) == len(configs)
     for seed in (0, 1):
         own = [one for one in configs if one.seed == seed]
@@ -116,30 +130,30 @@ def test_finished_runs_come_back_and_an_unfinished_line_is_begun_anew(
     tmp_path: Path,
 ) -> None:
     store = tmp_path / "runs.jsonl"
-    assert read(store) == {}
+    assert read_runs(store, Run) == {}
     one, other = run_of(seed=0), run_of(seed=1)
-    append(store, one)
-    append(store, other)
-    assert read(store) == {one.key: one, other.key: other}
+    append_line(store, one)
+    append_line(store, other)
+    assert read_runs(store, Run) == {one.key: one, other.key: other}
     store.write_text(store.read_text()[:-30])  # killed while it wrote
-    assert read(store) == {one.key: one}
-    append(store, other)
-    assert read(store) == {one.key: one, other.key: other}
+    assert read_runs(store, Run) == {one.key: one}
+    append_line(store, other)
+    assert read_runs(store, Run) == {one.key: one, other.key: other}
 
 
 def test_a_store_of_something_else_is_refused(tmp_path: Path) -> None:
     store = tmp_path / "runs.jsonl"
-    append(store, run_of())
+    append_line(store, run_of())
     store.write_text(f'{store.read_text()}{{"a": 1}}\n')
     with pytest.raises(ValueError, match=r"got .*runs\.jsonl with .* in its line 2"):
-        read(store)
+        read_runs(store, Run)
 
 
 def test_runs_are_trained_and_appended(task: Task, tmp_path: Path) -> None:
     store = tmp_path / "runs.jsonl"
     configs = [CONFIG, replace(CONFIG, rule="minus_alignment")]
     train(task, configs, store, workers=1)
-    runs = read(store)
+    runs = read_runs(store, Run)
     assert runs.keys() == {key_of(one) for one in configs}
     again = summarize(run(CONFIG, task))
     kept = runs[again.key]
@@ -158,7 +172,7 @@ def test_only_what_the_store_lacks_is_trained(
         trained.extend(configs)
         for config in configs:
             kept = run_of()
-            append(where, replace(kept, key=key_of(config), config=asdict(config)))
+            append_line(where, replace(kept, key=key_of(config), config=asdict(config)))
 
     monkeypatch.setattr(table3, "train", note)
     monkeypatch.setattr(table3, "load_task", lambda name, *_, **__: name)
@@ -186,7 +200,7 @@ def test_a_quick_run_needs_no_data_and_leaves_nothing(
         assert task.validation is None
         trained.extend(configs)
         stores.append(store)
-        append(store, replace(run_of(), key=key_of(configs[0])))
+        append_line(store, replace(run_of(), key=key_of(configs[0])))
 
     monkeypatch.setattr(table3, "train", note)
     store = tmp_path / "runs.jsonl"
@@ -206,11 +220,12 @@ def test_runs_of_other_settings_are_not_in_the_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = tmp_path / "runs.jsonl"
-    (config,) = make_configs("usps-mnist", ["source-only"], [], [0], 7)
+    base = replace(CONFIG, batch_size=BATCH, lr=RATE)
+    (config,) = make_configs(base, ["source-only"], [], 1)
     for settings, accuracy in (({}, 51.0), ({"lr": 0.5}, 99.0), ({"steps": 8}, 99.0)):
         other = replace(config, **settings)
         kept = run_of(accuracy=accuracy)
-        append(store, replace(kept, key=key_of(other), config=asdict(other)))
+        append_line(store, replace(kept, key=key_of(other), config=asdict(other)))
     asked = ["--tasks", "usps-mnist", "--methods", "source-only", "--steps", "7"]
     main([*asked, "--show", "--store", str(store)])
     shown = capsys.readouterr().out
@@ -278,7 +293,7 @@ def test_the_paper_s_figures_stand_beside_ours() -> None:
 def test_the_committed_runs_can_be_read_and_shown(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    runs = read(table3.STORE)
+    runs = read_runs(table3.STORE, Run)
     assert runs
     for key, kept in runs.items():
         assert key == key_of(Config(**kept.config))  # type: ignore[arg-type]  # by name

@@ -1,0 +1,35 @@
+"""What the commands that train on digits share: which digits, and for how long."""
+
+import argparse
+from pathlib import Path
+
+from benchmarks.uda.data import DEMO, REAL
+
+DEMO_STEPS = 300
+REAL_STEPS = 1000
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """Add ``--data``."""
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help=f"folder of mnist.npz and usps.npz, for the tasks {' and '.join(REAL)}",
+    )
+
+
+def add_task(parser: argparse.ArgumentParser) -> None:
+    """Add ``--data`` and ``--task``, which :func:`find_task` reads."""
+    add_data(parser)
+    parser.add_argument(
+        "--task",
+        choices=[DEMO, *REAL],
+        help=f"source-target (default: {REAL[0]} with --data, else {DEMO})",
+    )
+
+
+def find_task(options: argparse.Namespace) -> tuple[str, int]:
+    """Return the name of the task that is asked for, and its usual number of steps."""
+    name: str = options.task or (REAL[0] if options.data else DEMO)
+    return name, DEMO_STEPS if name == DEMO else REAL_STEPS
