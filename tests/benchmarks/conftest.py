@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from benchmarks.uda.data import Split, Task
+from benchmarks.uda.data import Batch, Split, Task, batches
 
 
 @pytest.fixture(autouse=True, scope="package")
@@ -27,3 +27,8 @@ def task() -> Task:
         images[32:64],
         Split(images[64:], labels[64:]),
     )
+
+
+@pytest.fixture
+def batch(task: Task) -> Batch:
+    return next(batches(task, 8, 1, seed=0))

@@ -44,6 +44,7 @@ from benchmarks.uda.results import read_runs
 from benchmarks.uda.rules import RULES
 from benchmarks.uda.steps import Config, make_step
 from benchmarks.uda.updates import Harmonized, Record, Update
+from tests.benchmarks.modules import same, values
 
 # All but one test: the tiny networks have fewer layers than those of the names.
 pytestmark = pytest.mark.filterwarnings("ignore:.* layers, but .* has")
@@ -94,14 +95,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def task(data: Path) -> Task:
     return load_task("visda-2017", "train", "validation", data)
-
-
-def values(module: nn.Module) -> list[Tensor]:
-    return [parameter.detach().clone() for parameter in module.parameters()]
-
-
-def same(one: Iterable[Tensor], two: Iterable[Tensor]) -> bool:
-    return all(a.equal(b) for a, b in zip(one, two, strict=True))
 
 
 def noise(count: int = 4, seed: int = 0) -> Tensor:

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from benchmarks.uda.data import Batch, Task, batches
+from benchmarks.uda.data import Batch
 from benchmarks.uda.gvb import gvb_losses
 from benchmarks.uda.networks import Bridged, Networks, build_networks
+from tests.benchmarks.modules import gradients
 
 
 @pytest.fixture
@@ -18,20 +19,10 @@ def networks() -> Networks:
     return networks
 
 
-@pytest.fixture
-def batch(task: Task) -> Batch:
-    return next(batches(task, 8, 1, seed=0))
-
-
 def bridges(networks: Networks) -> list[nn.Module]:
     found = [one.bridge for one in networks.modules() if isinstance(one, Bridged)]
     assert len(found) == 2
     return found
-
-
-def gradients(loss: Tensor, module: nn.Module) -> list[Tensor]:
-    parameters = list(module.parameters())
-    return list(torch.autograd.grad(loss, parameters, retain_graph=True))
 
 
 def test_the_losses_are_the_literal_sums(networks: Networks, batch: Batch) -> None:

@@ -26,11 +26,7 @@ from benchmarks.uda.steps import Config, make_step, safe_interval
 from benchmarks.uda.train import run
 from benchmarks.uda.updates import Harmonized, Record, plain_update
 from benchmarks.uda.vit import VisionTransformer
-
-
-@pytest.fixture
-def batch(task: Task) -> Batch:
-    return next(batches(task, 8, 1, seed=0))
+from tests.benchmarks.modules import gradients, same, values
 
 
 @pytest.fixture
@@ -41,22 +37,6 @@ def networks() -> Networks:
 def vit_of(networks: Networks) -> VisionTransformer:
     assert isinstance(networks.generator, VisionTransformer)
     return networks.generator
-
-
-def weights(module: nn.Module) -> list[Tensor]:
-    return [one.clone() for one in module.state_dict().values()]
-
-
-def same(one: Iterable[Tensor], two: Iterable[Tensor]) -> bool:
-    return all(a.equal(b) for a, b in zip(one, two, strict=True))
-
-
-def gradients(loss: Tensor, module: nn.Module) -> list[Tensor]:
-    return list(
-        torch.autograd.grad(
-            loss, list(module.parameters()), retain_graph=True, materialize_grads=True
-        )
-    )
 
 
 @pytest.mark.parametrize(("size", "tokens"), [(16, 17), (28, 50)])
@@ -439,7 +419,7 @@ def test_the_sum_of_the_wrapper_trains_like_the_plain_sum(task: Task) -> None:
         step = make_step(config, networks, make_update)
         for done, batch in enumerate(batches(task, 8, 4, seed=0)):
             step(batch, done / 4)
-        trained.append(weights(networks))
+        trained.append(values(networks))
     for one, two in zip(*trained, strict=True):
         torch.testing.assert_close(one, two)
 

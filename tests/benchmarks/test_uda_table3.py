@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 
 import pytest
 
@@ -108,6 +108,13 @@ def test_a_run_is_kept_as_it_was_found(task: Task) -> None:
     assert kept.config == asdict(CONFIG)
     obtuse = [product < -1e-9 * math.sqrt(a * b) for a, product, b in result.before]
     assert kept.obtuse == pytest.approx(100 * mean(obtuse))
+    # In the first step the reversal's coefficient is 0, and so is g1.
+    cosines = [0.0, *(d / math.sqrt(a * b) for a, d, b in result.before[1:])]
+    assert kept.cosine == pytest.approx(mean(cosines))
+    ratios = [math.sqrt(a / b) for a, _, b in result.before]
+    assert kept.ratio == pytest.approx(median(ratios))
+    unrelated = [product < -1e-9 * math.sqrt(a * b) for a, product, b in result.null]
+    assert kept.null == pytest.approx(100 * mean(unrelated))
     alone = summarize(run(replace(CONFIG, method="source-only"), task))
     assert (alone.obtuse, alone.cosine, alone.null) == (None, None, None)
     assert math.isnan(alone.selected)
