@@ -28,6 +28,7 @@ from benchmarks.uda.extra import bench_extra
 from benchmarks.uda.image_lists import DATA_SETS, Domain, Task, load_task
 from benchmarks.uda.images import CROP, batches, normalize, ordered_batches
 from benchmarks.uda.networks import Networks
+from benchmarks.uda.options import add_trade_offs
 from benchmarks.uda.results import (
     Kept,
     Row,
@@ -316,14 +317,7 @@ def _parser() -> argparse.ArgumentParser:
         default=["sum", "gh"],
         help="(default: sum gh)",
     )
-    parser.add_argument(
-        "--trade-offs",
-        nargs="+",
-        type=float,
-        default=[1.0],
-        metavar="X",
-        help="weights of the alignment loss, in the sum only (default: 1)",
-    )
+    add_trade_offs(parser, [1.0], "1")
     parser.add_argument(
         "--seeds", type=positive, default=1, metavar="N", help="(default: 1)"
     )

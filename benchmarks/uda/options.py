@@ -33,3 +33,17 @@ def find_task(options: argparse.Namespace) -> tuple[str, int]:
     """Return the name of the task that is asked for, and its usual number of steps."""
     name: str = options.task or (REAL[0] if options.data else DEMO)
     return name, DEMO_STEPS if name == DEMO else REAL_STEPS
+
+
+def add_trade_offs(
+    parser: argparse.ArgumentParser, default: list[float] | None, usual: str
+) -> None:
+    """Add ``--trade-offs``; ``usual`` says what ``default`` means."""
+    parser.add_argument(
+        "--trade-offs",
+        nargs="+",
+        type=float,
+        default=default,
+        metavar="X",
+        help=f"weights of the alignment loss, for each rule (default: {usual})",
+    )

@@ -18,7 +18,7 @@ import torch
 from benchmarks.options import positive
 from benchmarks.uda.data import DEMO, LARGE, REAL, SHA256, SIZE, Task, load_task
 from benchmarks.uda.extra import bench_extra
-from benchmarks.uda.options import add_data
+from benchmarks.uda.options import add_data, add_trade_offs
 from benchmarks.uda.pool import finished
 from benchmarks.uda.results import (
     Kept,
@@ -77,7 +77,8 @@ NOTES = """\
 last step: target test accuracy in percent after the last step, mean +- standard deviation
   of (so many) seeds. selected: where the error on the source's test set was least; no
   label of the target has a part in it.
-minus sum: of the last step, paired by seed; mean and 95 % bootstrap interval (BCa).
+minus sum: of the last step, paired by seed, the sum at the same weight of the alignment
+  loss (sum x 2 and x 4: minus the sum x 1); mean and 95 % bootstrap interval (BCa).
 conflict, mean cos, |g1|/|g2| (median): of alignment (1) and classification (2) over the
   generator, before harmonization, over all updates. null: share of obtuse angles of the
   same gradients with random signs.
@@ -121,6 +122,7 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
             options.methods,
             options.rules,
             options.seeds,
+            options.trade_offs,
         )
         for name in options.tasks
     }
@@ -151,7 +153,7 @@ def make_configs(
     methods: Iterable[str],
     rules: Iterable[str],
     seeds: int,
-    weights: Iterable[float] = WEIGHTS,
+    weights: Sequence[float] | None = None,
 ) -> list[Config]:
     """List the runs: seed by seed, so that what is there is always paired.
 
@@ -160,15 +162,22 @@ def make_configs(
         methods: of every seed.
         rules: of every method that has two losses.
         seeds: how many.
-        weights: of the alignment loss, in the plain sum.
+        weights: of the alignment loss, for each rule; None: 1, and ``WEIGHTS`` in the
+            plain sum.
     """
-    rules, weights = list(rules), list(weights)
+    rules = list(rules)
+
+    def weights_of(method: str, rule: str) -> Sequence[float]:
+        if method == SOURCE_ONLY:
+            return (1.0,)
+        return weights or (WEIGHTS if rule == "sum" else (1.0,))
+
     return [
         replace(like, method=method, rule=rule, seed=seed, trade_off=weight)
         for seed in range(seeds)
         for method in methods
         for rule in (["sum"] if method == SOURCE_ONLY else rules)
-        for weight in (weights if rule == "sum" and method != SOURCE_ONLY else [1.0])
+        for weight in weights_of(method, rule)
     ]
 
 
@@ -210,8 +219,9 @@ def format_table(runs: Sequence[Kept]) -> str:
         for rule in ALL_RULES:
             for weight in weights:
                 own = _by_seed(runs, method, rule, weight)
+                compared = 1.0 if rule == "sum" else weight
                 if own:
-                    rows.append(_row(own, _by_seed(runs, method, "sum", 1.0)))
+                    rows.append(_row(own, _by_seed(runs, method, "sum", compared)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(
@@ -306,6 +316,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--rules", nargs="+", choices=list(ALL_RULES), default=list(ALL_RULES)
     )
+    add_trade_offs(parser, None, "1, and in the sum 1 2 4")
     parser.add_argument(
         "--seeds", type=positive, default=10, metavar="N", help="(default: 10)"
     )

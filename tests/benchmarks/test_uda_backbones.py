@@ -526,13 +526,13 @@ def test_only_what_the_store_lacks_is_trained_and_all_of_it_is_in_the_table(
     assert trained()[0] == first[-1:]
     assert trained()[0] == []
     begun, table = trained("--trade-offs", "1", "0.5")
-    assert begun == ["DANN, sum x 0.5, seed 0"]
-    assert table == ["source-only -", "DANN sum", "DANN sum", "DANN gh"]
+    assert begun == ["DANN, sum x 0.5, seed 0", "DANN, gh x 0.5, seed 0"]
+    assert table == ["source-only -", *2 * ["DANN sum"], *2 * ["DANN gh"]]
     assert trained("--seeds", "2")[0] == [one[:-1] + "1" for one in first]
     # Other settings are other runs, and are not in the table of these.
     begun, table = trained("--rules", "gh", "--methods", "DANN", "--batch", "3")
     assert (begun, table) == (first[-1:], ["DANN gh"])
-    assert len(store.read_text().splitlines()) == 8
+    assert len(store.read_text().splitlines()) == 9
 
 
 def test_other_images_labels_and_weights_are_other_runs_and_other_places_are_not(

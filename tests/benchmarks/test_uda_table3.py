@@ -76,6 +76,17 @@ def test_every_seed_has_every_rule_and_the_sum_at_every_weight() -> None:
     assert [one.seed for one in configs] == sorted(one.seed for one in configs)
 
 
+def test_weights_that_are_asked_for_are_those_of_every_rule() -> None:
+    configs = make_configs(CONFIG, ["source-only", "MCD"], ["sum", "gh"], 1, [1.0, 3.0])
+    assert [(one.method, one.rule, one.trade_off) for one in configs] == [
+        ("source-only", "sum", 1),
+        ("MCD", "sum", 1),
+        ("MCD", "sum", 3),
+        ("MCD", "gh", 1),
+        ("MCD", "gh", 3),
+    ]
+
+
 @pytest.mark.parametrize(
     "other",
     [
@@ -283,6 +294,23 @@ def test_a_larger_weight_is_a_row_of_its_own() -> None:
     assert len(table) == 2
     assert table[1].startswith("DANN sum x 2 53.0 (1)")
     assert "+3.0 [-inf, +inf]" in table[1]
+
+
+def test_a_rule_at_a_larger_weight_is_compared_with_the_sum_at_that_weight() -> None:
+    runs = [run_of(accuracy=50), run_of(accuracy=53, trade_off=2.0)]
+    runs += [run_of("gh", accuracy=51), run_of("gh", accuracy=55, trade_off=2.0)]
+    table = [" ".join(line) for line in lines(runs)]
+    assert [line.split("(1)")[0] for line in table] == [
+        "DANN sum 50.0 ",
+        "DANN sum x 2 53.0 ",
+        "DANN gh 51.0 ",
+        "DANN gh x 2 55.0 ",
+    ]
+    assert ["-inf" in line for line in table] == [False, True, True, True]
+    for line, difference in zip(table[1:], ("+3.0", "+1.0", "+2.0"), strict=True):
+        assert difference in line
+    # Without such a sum there is nothing to compare with.
+    assert "inf" not in format_table(runs[:1] + runs[3:])
 
 
 def test_few_differences_have_an_interval_without_end() -> None:
