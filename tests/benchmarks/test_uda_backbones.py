@@ -18,7 +18,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from benchmarks.uda import backbones
+from benchmarks.uda import adapt, backbones
 from benchmarks.uda.adapt import (
     METHODS,
     Run,
@@ -501,6 +501,21 @@ def test_the_command_trains_and_keeps_a_line_with_its_settings(
         assert list(run.evaluations[-1]) == [2, run.accuracy, run.class_accuracy]
         assert run.obtuse in (0, 50, 100)
         assert None not in (run.cosine, run.ratio)
+
+
+def test_a_run_s_accuracies_are_those_after_the_last_step(
+    data: Path,
+    weights: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    evaluations = [(1, 10.0, 20.0), (2, 30.0, 40.0)]
+    monkeypatch.setattr(adapt, "train", lambda *_: (evaluations, []))
+    store = tmp_path / "adapt.jsonl"
+    main([*arguments(data, weights["resnet"], store), "--rules", "gh", "--seeds", "1"])
+    (kept,) = read_runs(store, Run).values()
+    assert (kept.accuracy, kept.class_accuracy) == (30, 40)
+    assert [(*one,) for one in kept.evaluations] == evaluations
 
 
 def test_only_what_the_store_lacks_is_trained_and_all_of_it_is_in_the_table(

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean
@@ -19,9 +19,15 @@ from torch import Tensor
 import ghopt
 from benchmarks.uda import figures
 from benchmarks.uda.data import Task
-from benchmarks.uda.features import linear_mmd, max_j, see
-from benchmarks.uda.figures import main, make_configs, watch, whole_seeds
-from benchmarks.uda.networks import CLASSES, build_networks
+from benchmarks.uda.features import Seen, linear_mmd, max_j, sample_rows, see
+from benchmarks.uda.figures import (
+    embed_domains,
+    main,
+    make_configs,
+    watch,
+    whole_seeds,
+)
+from benchmarks.uda.networks import CLASSES, Networks, build_networks
 from benchmarks.uda.plots import (
     SHOWN,
     SOURCE,
@@ -29,7 +35,7 @@ from benchmarks.uda.plots import (
     make_figures,
     make_watched_figures,
 )
-from benchmarks.uda.results import Watched, append_line, read_runs
+from benchmarks.uda.results import Points, Watched, append_line, read_runs
 from benchmarks.uda.rules import ALL_RULES, FLIPS, LAMBDAS, RULES, find_rule
 from benchmarks.uda.steps import Config
 from benchmarks.uda.table3 import key_of
@@ -180,6 +186,50 @@ def test_only_the_first_seed_of_the_rules_that_are_drawn_is_embedded(
     assert watch(replace(CONFIG, rule="ghpp"), task).points
     assert not watch(replace(CONFIG, seed=1), task).points
     assert not watch(replace(CONFIG, rule="ghpp_printed"), task).points
+
+
+def test_every_point_has_the_label_of_its_own_image(
+    task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sample of each domain, as the trained networks see it."""
+    trained: list[Networks] = []
+    given: list[Mapping[str, tuple[Tensor, Tensor]]] = []
+
+    def note_networks(networks: Networks, images: Tensor) -> Seen:
+        trained.append(networks)
+        return see(networks, images)
+
+    def note_domains(
+        domains: Mapping[str, tuple[Tensor, Tensor]],
+    ) -> dict[str, Points]:
+        given.append(domains)
+        return {}
+
+    monkeypatch.setattr(figures, "POINTS", 5)
+    monkeypatch.setattr(figures, "see", note_networks)
+    monkeypatch.setattr(figures, "embed_domains", note_domains)
+    watch(CONFIG, task)
+    for name, domain in (("source", task.source), ("target", task.test)):
+        features, labels = given[0][name]
+        chosen = sample_rows(len(domain.images), 5)
+        assert not chosen.equal(torch.arange(5))
+        whole = see(trained[-1], domain.images).features
+        torch.testing.assert_close(features, whole[chosen])
+        assert labels.equal(domain.labels[chosen])
+
+
+def test_the_domains_share_a_plane_and_keep_their_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(figures, "embed", lambda features: features[:, :2])
+    features = torch.arange(15.0).reshape(5, 3)
+    labels = torch.tensor([7, 3, 9, 1, 4])
+    assert embed_domains(
+        {"source": (features[:2], labels[:2]), "target": (features[2:], labels[2:])}
+    ) == {
+        "source": [(0, 1, 7), (3, 4, 3)],
+        "target": [(6, 7, 9), (9, 10, 1), (12, 13, 4)],
+    }
 
 
 # The store.
