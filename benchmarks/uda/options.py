@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from benchmarks.uda.data import DEMO, REAL
+from benchmarks.uda.data import DEMO, REAL, SVHN
 
 DEMO_STEPS = 300
 REAL_STEPS = 1000
@@ -15,7 +15,8 @@ def add_data(parser: argparse.ArgumentParser) -> None:
         "--data",
         type=Path,
         metavar="DIR",
-        help=f"folder of mnist.npz and usps.npz, for the tasks {' and '.join(REAL)}",
+        help=f"folder of mnist.npz and usps.npz, for the tasks {' and '.join(REAL[:2])}; "
+        f"for {SVHN} also of train_32x32.mat and test_32x32.mat",
     )
 
 

@@ -1,6 +1,7 @@
 """The data: documented shapes, nothing shared by training and test, clear errors."""
 
 import hashlib
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from PIL import Image
+from scipy.io import savemat
 
 from benchmarks.uda import data
 from benchmarks.uda.data import DEMO, Split, Task, batches, load_task
@@ -96,6 +100,52 @@ def test_mnist_is_shrunk_by_area_and_usps_is_left_alone(tmp_path: Path) -> None:
     torch.testing.assert_close(task.target[:, 0, 0, 0], first / 127.5 - 1)
 
 
+@pytest.mark.filterwarnings("ignore:.*is not the file")
+def test_svhn_is_grey_as_pil_makes_it_and_its_label_10_is_the_digit_0(
+    tmp_path: Path,
+) -> None:
+    write_fake_files(tmp_path)
+    generator = np.random.default_rng(0)
+    colors, labels = {}, {}
+    for part, count in (("train", 12), ("test", 7)):
+        colors[part] = generator.integers(0, 256, (32, 32, 3, count), dtype=np.uint8)
+        labels[part] = (np.arange(count, dtype=np.uint8) % 10 + 1)[:, None]
+        arrays = {"X": colors[part], "y": labels[part]}
+        savemat(tmp_path / f"{part}_32x32.mat", arrays)
+    task = load_task("svhn-mnist", tmp_path, size=32)
+    assert task.validation is not None
+    for part, split in (("train", task.source), ("test", task.validation)):
+        for i in range(colors[part].shape[-1]):
+            grey = Image.fromarray(colors[part][..., i]).convert("L")
+            expected = torch.from_numpy(np.array(grey, np.float32)) / 127.5 - 1
+            torch.testing.assert_close(split.images[i, 0], expected)
+    assert task.source.labels.tolist() == [*range(1, 10), 0, 1, 2]
+    assert task.validation.labels.tolist() == [*range(1, 8)]
+    assert task.source.labels.dtype == torch.int64
+    # Another size is a mean over pixels, as for the others; the target is MNIST.
+    small = load_task("svhn-mnist", tmp_path).source.images
+    torch.testing.assert_close(small, F.avg_pool2d(task.source.images, 2))
+    mnist = load_task("mnist-usps", tmp_path)
+    assert load_task("svhn-mnist", tmp_path).target.equal(mnist.source.images)
+
+
+@pytest.mark.filterwarnings("ignore:.*is not the file")
+def test_a_missing_or_other_file_of_svhn_is_named(tmp_path: Path) -> None:
+    write_fake_files(tmp_path)
+    for part in ("train", "test"):
+        path = tmp_path / f"{part}_32x32.mat"
+        message = f"{re.escape(str(path))} is missing: a MATLAB file of X "
+        with pytest.raises(FileNotFoundError, match=message + r".*housenumbers"):
+            load_task("svhn-mnist", tmp_path)
+        savemat(path, {"X": np.zeros((32, 32, 3, 2), np.uint8)})
+        with pytest.raises(ValueError, match=r"_32x32\.mat has no y: it should"):
+            load_task("svhn-mnist", tmp_path)
+        arrays = {"X": np.zeros((32, 32, 3, 2), np.uint8), "y": np.ones((2, 1))}
+        savemat(path, arrays)
+    with pytest.raises(ValueError, match=r"train_32x32\.mat is not .* its md5 is not"):
+        load_task("svhn-mnist", tmp_path, exact=True)
+
+
 def test_a_missing_file_is_named_with_its_path_and_contents(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as error:
         load_task("usps-mnist", tmp_path)
@@ -114,10 +164,11 @@ def test_a_file_with_another_checksum_is_refused_where_runs_are_kept(
 def test_a_file_with_another_checksum_warns_and_names_it(tmp_path: Path) -> None:
     write_fake_files(tmp_path)
     with (
-        pytest.warns(UserWarning, match=r"usps\.npz is not the file"),
+        pytest.warns(UserWarning, match=r"usps\.npz is not the file") as caught,
         pytest.warns(UserWarning, match=r"mnist\.npz is not the file"),
     ):
         load_task("usps-mnist", tmp_path)
+    assert caught[0].filename == __file__  # the caller's line, not ours
 
 
 @pytest.mark.filterwarnings("ignore:.*is not the file")
@@ -130,7 +181,8 @@ def test_a_file_that_lacks_an_array_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "directory", "message"),
     [
-        ("svhn-mnist", None, "Invalid task value: svhn-mnist"),
+        ("svhn-usps", None, "Invalid task value: svhn-usps"),
+        ("svhn-mnist", None, "Invalid directory value: None"),
         ("usps-mnist", None, "Invalid directory value: None"),
         (DEMO, Path("here"), "Invalid directory value: here"),
     ],
