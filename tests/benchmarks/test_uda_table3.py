@@ -19,6 +19,7 @@ from benchmarks.uda.table3 import (
     PAPER,
     RATE,
     Run,
+    describe_oracle,
     format_table,
     interval,
     key_of,
@@ -46,7 +47,7 @@ def run_of(
         cosine=-0.05,
         ratio=0.25,
         null=50.0,
-        errors=[],
+        errors=json.loads(f"[[7, {100 - accuracy}]]"),  # lists, as the store has them
         validation=[],
     )
 
@@ -248,6 +249,7 @@ def test_runs_of_other_settings_are_not_in_the_table(
     main([*asked, "--show", "--store", str(store)])
     shown = capsys.readouterr().out
     assert "51.0 (1)" in shown
+    assert "would add 0.0 points" in shown
     assert "99.0" not in shown
 
 
@@ -311,6 +313,12 @@ def test_a_rule_at_a_larger_weight_is_compared_with_the_sum_at_that_weight() -> 
         assert difference in line
     # Without such a sum there is nothing to compare with.
     assert "inf" not in format_table(runs[:1] + runs[3:])
+
+
+def test_what_the_paper_s_choice_of_the_step_would_add_is_said() -> None:
+    errors = [(0, 90.0), (3, 40.0), (7, 45.0)]
+    runs = [replace(run_of(accuracy=55), errors=errors), run_of(accuracy=70)]
+    assert "would add 2.5 points in the mean, 5.0 at most" in describe_oracle(runs)
 
 
 def test_few_differences_have_an_interval_without_end() -> None:
