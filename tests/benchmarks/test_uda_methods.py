@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
+from benchmarks.uda import train
 from benchmarks.uda.data import Batch, Task, batches
 from benchmarks.uda.methods import (
     Losses,
@@ -27,6 +28,7 @@ from benchmarks.uda.rules import RULES, harmonized_gramian
 from benchmarks.uda.steps import (
     METHODS,
     Config,
+    Step,
     descend,
     generator_step,
     make_step,
@@ -195,6 +197,45 @@ def test_step_c_of_mcd_leaves_the_heads_and_their_gradients_alone(
     assert len(record.gramians) == 2
 
 
+def test_a_step_of_mcd_is_its_three_steps_taken_literally(batch: Batch) -> None:
+    config = Config("", "MCD", "sum", 0, 2, lr=0.1, trade_off=30.0, inner_steps=3)
+    batch = Batch(batch.source.double(), batch.labels, batch.target.double())
+    ours, literal = (build_networks("MCD", seed=0).eval().double() for _ in range(2))
+    step = make_step(config, ours, plain_update)
+    generator, heads = (
+        SGD(one.parameters(), 0.1, 0.9, weight_decay=5e-4, nesterov=True)
+        for one in (literal.generator, literal.heads)
+    )
+
+    def losses() -> tuple[Tensor, Tensor]:
+        source, target = map(literal.generator, (batch.source, batch.target))
+        entropy = torch.tensor(0.0)
+        for head in literal.heads:
+            p = head(source).softmax(1)
+            entropy = entropy - p[torch.arange(len(p)), batch.labels].log().mean()
+        one, other = (head(target).softmax(1) for head in literal.heads)
+        return entropy, (one - other).abs().mean()
+
+    def lower(loss: Tensor, *sgds: SGD) -> None:
+        literal.zero_grad()
+        torch.autograd.backward(loss)
+        for sgd in sgds:
+            sgd.step()
+
+    for progress in (0.25, 0.75):
+        step(batch, progress)
+        for sgd in (generator, heads):
+            sgd.param_groups[0]["lr"] = 0.1 * (1 + 10 * progress) ** -0.75
+        lower(losses()[0], generator, heads)
+        entropy, apart = losses()
+        lower(entropy - 30 * apart, heads)
+        for _ in range(3):
+            entropy, apart = losses()
+            lower(entropy + 30 * apart, generator)
+    for a, b in zip(values(ours), values(literal), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("method", METHODS[1:])
 def test_the_sum_of_the_wrapper_trains_like_the_plain_sum(
     task: Task, method: str
@@ -317,6 +358,19 @@ def test_the_small_lenet_has_the_documented_size() -> None:
     assert sum(p.numel() for p in networks.generator.parameters()) == 29760
     probabilities = networks.eval()(torch.zeros(3, 1, 16, 16))
     torch.testing.assert_close(probabilities.sum(1), torch.ones(3))
+
+
+def test_a_run_s_steps_are_told_its_progress_from_0_to_1(
+    task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[float] = []
+
+    def make(*_: object) -> Step:
+        return lambda _batch, progress: told.append(progress)
+
+    monkeypatch.setattr(train, "make_step", make)
+    train.run(Config(task.name, "DANN", "sum", seed=0, steps=4, batch_size=8), task)
+    assert told == [0, 0.25, 0.5, 0.75]
 
 
 def test_the_learning_rate_follows_its_schedule(task: Task, batch: Batch) -> None:

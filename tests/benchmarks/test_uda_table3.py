@@ -4,8 +4,9 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
-from statistics import mean, median
+from statistics import NormalDist, mean, median
 
 import pytest
 
@@ -270,23 +271,34 @@ def test_missing_data_is_named(
 
 
 def test_differences_are_paired_by_seed_and_have_an_interval() -> None:
-    plain = [run_of(seed=seed, accuracy=50.0 + 9 * seed) for seed in range(4)]
+    plain = [run_of(seed=seed, accuracy=50.0 + 9 * seed) for seed in range(5)]
     better = [
         run_of("gh", seed, 52.0 + 9 * seed + 0.5 * (seed % 2))
-        for seed in reversed(range(4))
+        for seed in reversed(range(5))
     ]
     table = lines([*plain, *better])
-    assert table[0][:6] == ["DANN", "sum", "63.5", "+-", "11.6", "(4)"]
+    assert table[0][:6] == ["DANN", "sum", "68.0", "+-", "14.2", "(5)"]
     assert " ".join(table[1]).startswith(
-        "DANN gh 65.8 +- 11.8 (4) 48.0 +- 0.0 +2.2 [+2.0"
+        "DANN gh 70.2 +- 14.2 (5) 48.0 +- 0.0 +2.2 [+2.0, +2.5]"
     )
-    low, high = interval([2.0, 2.5, 2.0, 2.5])
-    assert 2 <= low < 2.25 < high <= 2.5
+
+
+def test_the_interval_is_that_of_all_resamples_as_far_out_as_student_s_t() -> None:
+    differences = [0.3, -1.1, 2.4, 0.9, 5.0]
+    means = sorted(mean(drawn) for drawn in product(differences, repeat=5))
+    # 2.776: the quantile of Student's t with 4 degrees of freedom.
+    outside = round(NormalDist().cdf(-math.sqrt(5 / 4) * 2.776) * len(means))
+    assert outside == 3
+    low, high = interval(differences)
+    assert means[outside - 2] - 1e-9 <= low <= means[outside + 1] + 1e-9
+    assert means[-outside - 2] - 1e-9 <= high <= means[-outside + 1] + 1e-9
+    mirrored = interval([-one for one in differences])
+    assert mirrored == pytest.approx((-high, -low), abs=0.2)
 
 
 def test_seeds_that_the_sum_lacks_do_not_count_in_the_difference() -> None:
-    runs = [run_of(seed=s, accuracy=50) for s in range(3)]
-    runs += [run_of("gh", s, 51.0 if s < 3 else 99.0) for s in range(5)]
+    runs = [run_of(seed=s, accuracy=50) for s in range(5)]
+    runs += [run_of("gh", s, 51.0 if s < 5 else 99.0) for s in range(7)]
     assert "+1.0 [+1.0, +1.0]" in " ".join(lines(runs)[1])
 
 
@@ -295,7 +307,7 @@ def test_a_larger_weight_is_a_row_of_its_own() -> None:
     table = [" ".join(line) for line in lines(runs)]
     assert len(table) == 2
     assert table[1].startswith("DANN sum x 2 53.0 (1)")
-    assert "+3.0 [-inf, +inf]" in table[1]
+    assert "48.0 +3.0 60" in table[1]
 
 
 def test_a_rule_at_a_larger_weight_is_compared_with_the_sum_at_that_weight() -> None:
@@ -308,11 +320,11 @@ def test_a_rule_at_a_larger_weight_is_compared_with_the_sum_at_that_weight() -> 
         "DANN gh 51.0 ",
         "DANN gh x 2 55.0 ",
     ]
-    assert ["-inf" in line for line in table] == [False, True, True, True]
+    assert "48.0 - 60" in table[0]
     for line, difference in zip(table[1:], ("+3.0", "+1.0", "+2.0"), strict=True):
-        assert difference in line
+        assert f"48.0 {difference} 60" in line
     # Without such a sum there is nothing to compare with.
-    assert "inf" not in format_table(runs[:1] + runs[3:])
+    assert "+2.0" not in format_table(runs[:1] + runs[3:])
 
 
 def test_what_the_paper_s_choice_of_the_step_would_add_is_said() -> None:
@@ -321,8 +333,40 @@ def test_what_the_paper_s_choice_of_the_step_would_add_is_said() -> None:
     assert "would add 2.5 points in the mean, 5.0 at most" in describe_oracle(runs)
 
 
+def test_a_run_with_a_changed_sign_has_no_part_in_that(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = replace(CONFIG, batch_size=BATCH, lr=RATE)
+    store = tmp_path / "runs.jsonl"
+    for rule, best in (("sum", 49.0), ("minus_alignment", 9.0)):
+        config = replace(base, rule=rule)
+        kept = replace(run_of(rule, accuracy=50), errors=[(3, best), (7, 50.0)])
+        append_line(store, replace(kept, key=key_of(config), config=asdict(config)))
+    asked = ["--tasks", "usps-mnist", "--methods", "DANN", "--steps", "7", "--show"]
+    main([*asked, "--store", str(store)])
+    assert "would add 1.0 points in the mean, 1.0 at most" in capsys.readouterr().out
+    main([*asked, "--store", str(store), "--rules", "minus_alignment"])
+    assert "would add" not in capsys.readouterr().out
+
+
+def test_the_store_s_folder_is_made_before_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(table3, "load_task", lambda name, *_, **__: name)
+    monkeypatch.setattr(
+        table3, "train", lambda _task, _configs, store, _: append_line(store, run_of())
+    )
+    store = tmp_path / "not" / "yet" / "runs.jsonl"
+    main(["--tasks", "usps-mnist", "--methods", "DANN", "--store", str(store)])
+    assert store.exists()
+    with pytest.raises(SystemExit):
+        main(["--tasks", "usps-mnist", "--store", str(store / "runs.jsonl")])
+    assert "runs.jsonl" in capsys.readouterr().err
+
+
 def test_few_differences_have_an_interval_without_end() -> None:
-    assert interval([1.0, 2.0]) == (-math.inf, math.inf)
+    assert interval([1.0, 2.0, 3.0, 4.0]) == (-math.inf, math.inf)
+    assert math.isfinite(interval([1.0, 2.0, 3.0, 4.0, 5.0])[0])
     assert interval([1.0] * 5) == (1, 1)
 
 
