@@ -2,7 +2,16 @@
 
 Xiao and Zhang, "Dynamic Weighted Learning for Unsupervised Domain Adaptation", CVPR 2021.
 The generator confuses a discriminator and lowers the discrepancy of its heads; the share
-of the former rises as the domains drift apart, and falls as the classes blur.
+of the former rises as the domains drift apart, and falls as the classes blur. The paper
+was not at hand, but the code published with the GH paper was. From that differ, beside the
+steps (see ``steps``):
+
+* Its discriminator lowers the cross entropy of its outputs on the source with those on the
+  target as labels, and G raises it. Here both play for the usual one, as in DANN.
+* Its heads are led to differ in one of their three pairs, here in all.
+* A fourth step of G trains on the target's own predictions as labels, sure or not. It is
+  left out: neither task of the pair has a part in it.
+* The two balances are measured each 100 steps, there each epoch.
 """
 
 import torch

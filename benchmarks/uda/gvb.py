@@ -1,7 +1,8 @@
 """GVB: bridges that take away what the domains do not share, and vanish.
 
 Cui et al., "Gradually Vanishing Bridge for Adversarial Domain Adaptation", CVPR 2020: the
-variant with a bridge on generator and discriminator (GVB-GD), as in the GH paper.
+variant with a bridge on generator and discriminator (GVB-GD), as in the GH paper. Formulas
+are those of its published code (cuishuhao/GVB); the networks are smaller.
 """
 
 import torch
@@ -17,7 +18,8 @@ def gvb_losses(
 ) -> Losses:
     """Adversarial loss on bridged predictions, and the size of both bridges.
 
-    The discriminator sees probabilities, certain ones more, as in CDAN+E. The alignment
+    The discriminator sees probabilities, certain ones more: their weights are
+    exp(-entropy), as in GVB's code, where CDAN+E adds 1. The alignment
     loss is ``trade_off`` times the sum of three: its cross entropy, the mean absolute
     output of the generator's bridge and that of the discriminator's. The last is taken
     behind the reversal: the discriminator shrinks it, and G is led to raise it. (The code published
@@ -30,14 +32,10 @@ def gvb_losses(
     features = torch.cat(
         [networks.generator(batch.source), networks.generator(batch.target)]
     )
-    bridge = head.bridge(features)
-    logits = head.whole(features) - bridge
+    logits, bridge = head.split(features)
     probabilities = reverse_gradient(logits.softmax(1), coefficient)
-    domain_bridge = discriminator.bridge(probabilities)
-    domain = domain_loss(
-        discriminator.whole(probabilities) - domain_bridge,
-        entropy_weights(probabilities),
-    )
+    domain_logits, domain_bridge = discriminator.split(probabilities)
+    domain = domain_loss(domain_logits, entropy_weights(probabilities, least=0))
     bridges = bridge.abs().mean() + domain_bridge.abs().mean()
     source_logits = logits[: len(batch.source)]
     return Losses(

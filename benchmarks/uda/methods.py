@@ -122,11 +122,12 @@ def outer_product(features: Tensor, probabilities: Tensor) -> Tensor:
     return (probabilities[:, :, None] * features[:, None, :]).flatten(1)
 
 
-def entropy_weights(probabilities: Tensor) -> Tensor:
-    """Weights 1 + exp(-entropy) of CDAN+E, scaled to a mean of 1 within each domain.
+def entropy_weights(probabilities: Tensor, least: float = 1) -> Tensor:
+    """Weights ``least`` + exp(-entropy), scaled to a mean of 1 within each domain.
 
     Args:
         probabilities: ``[2 B, c]``, the source domain in the first half.
+        least: 1 in CDAN+E, 0 in GVB.
 
     Returns:
         Weights, ``[2 B]``. They depend on the probabilities differentiably, but for the
@@ -136,7 +137,7 @@ def entropy_weights(probabilities: Tensor) -> Tensor:
     # xlogy would give NaN in backward where a probability underflows to 0.
     tiny = torch.finfo(probabilities.dtype).tiny
     entropy = -(probabilities * probabilities.clamp(min=tiny).log()).sum(1)
-    weights = (1 + (-entropy).exp()).view(2, -1)
+    weights = (least + (-entropy).exp()).view(2, -1)
     return (weights / weights.detach().mean(1, keepdim=True)).flatten()
 
 

@@ -38,21 +38,29 @@ class Networks(nn.Module):
 
 
 class Bridged(nn.Module):
-    """A map without what its bridge says that the domains do not share (GVB).
+    """A linear map without what its bridge says that the domains do not share (GVB).
 
     Attributes:
+        trunk: what comes before both.
         whole: the map itself.
         bridge: of the same shape; its output is taken away, and kept small.
     """
 
-    def __init__(self, whole: nn.Module, bridge: nn.Module) -> None:
+    def __init__(self, trunk: nn.Module, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.whole = whole
-        self.bridge = bridge
+        self.trunk = trunk
+        self.whole = nn.Linear(inputs, outputs)
+        self.bridge = nn.Linear(inputs, outputs)
+
+    def split(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what is left of the map, and what is taken away, ``[B, c]`` each."""
+        hidden = self.trunk(features)
+        bridge: Tensor = self.bridge(hidden)
+        return self.whole(hidden) - bridge, bridge
 
     def forward(self, features: Tensor) -> Tensor:
         """Return what is left of the map, ``[B, c]``."""
-        left: Tensor = self.whole(features) - self.bridge(features)
+        left, _ = self.split(features)
         return left
 
 
@@ -88,8 +96,9 @@ def assemble(
     elif method == "CDAN+E":
         discriminator = _perceptron(features * classes, 1)
     elif method == "GVB":
-        heads = [Bridged(heads[0], nn.Linear(features, classes))]
-        discriminator = Bridged(_perceptron(classes, 1), _perceptron(classes, 1))
+        heads = [Bridged(nn.Identity(), features, classes)]
+        hidden = nn.Sequential(nn.Linear(classes, HIDDEN), nn.ReLU())
+        discriminator = Bridged(hidden, HIDDEN, 1)
     return Networks(generator, heads, discriminator)
 
 

@@ -2,22 +2,22 @@
 
 Target images have to be classified alike with and without a perturbation of their
 tokens, inside the transformer; Safe Training withdraws that demand, and what it did,
-when the predictions lose classes. Written from memory: the paper itself was not at
-hand, so its constants and formulas here are to be checked against it. Where it leaves a
-choice as we remember it, or we differ:
+when the predictions lose classes. Formulas and constants are those of the published code
+(tsun/SSRT), but:
 
-* The transformer is small and starts from random weights, not from ImageNet's. The
-  paper perturbs before the blocks 0, 4 or 8 of 12; here it is 0, 1 or 2 of 4.
-* The offset leads to another image of the batch, with the same distance in the batch's
-  (random) order for all of its images; nothing else perturbs.
-* The gradient of the divergence flows into both predictions, as nothing in its formula
-  is marked as a constant; the offset, which is marked, is one.
+* The transformer is small and starts from random weights, not from ImageNet's; there is
+  no bottleneck. Their code perturbs before the blocks 0, 4 or 8 of 12; here it is 0, 1 or 2
+  of 4.
+* The offset leads to the image at a random distance in the batch's (random) order, there
+  to that at the mirrored place.
+* The reversal's coefficient rises as DANN's over the whole run, there over some thousand
+  of 20 000 steps or more.
 * Drops are not looked for in the first interval, and the first snapshot is taken at its
-  end: the paper's model starts with trained weights, to which one can return.
-* A snapshot holds G, heads and discriminator, not the optimizer's momentum, which
-  forgets within tens of steps, while the refinement's strength still is about 0.
+  end: their model starts with trained weights, to which one can return.
+* A snapshot is a copy. Theirs is ``state_dict()`` itself, whose tensors are the weights in
+  training, so that to load it changes nothing.
 * An interval is a tenth of a short run, not always 1000 steps (see ``steps``), and is
-  then cut fewer times, so that no part is shorter than the paper's.
+  then cut fewer times, so that no part is shorter than theirs.
 """
 
 import math
@@ -39,7 +39,7 @@ OFFSET = 0.3
 """How far tokens are moved toward those of another image: the paper's alpha."""
 
 FROM_CLEAN = 0.5
-"""Probability that the clean predictions are the teacher: of the paper's omega."""
+"""Probability that the clean predictions are the teacher."""
 
 CONFIDENT = 0.4
 """Images count whose teacher is surer than this: the paper's epsilon."""
@@ -47,11 +47,17 @@ CONFIDENT = 0.4
 WEIGHT = 0.2
 """Of the self-refinement beside the adversarial loss: the paper's beta."""
 
+REVERSAL = 0.1
+"""What the reversal's coefficient rises to, of a cross entropy that counts twice."""
+
 INTERVAL, LEVELS, DROP = 1000, 4, 1.0
 """Steps between the looks of Safe Training, the paper's T; how often it halves what it
 looks at, L; and by how many classes the predictions must drop."""
 
-# The paper's shortest part. The mean of fewer batches falls by a class by chance:
+FAINT = 0.1
+"""A refinement that is no stronger is not to blame for a drop."""
+
+# The published code's shortest part. The mean of fewer batches falls by a class by chance:
 # of intervals of 150 steps in 16 parts (with AdamW) Safe Training took back 7 of 8. The
 # halves are compared in any case, so runs of some hundred steps have false alarms.
 SHORTEST = INTERVAL >> LEVELS
@@ -66,10 +72,11 @@ def ssrt_losses(
 ) -> tuple[Losses, Tensor]:
     """The pair of losses, and the classes ``[B]`` that the target is predicted to have.
 
-    The alignment loss is ``trade_off`` times the sum of the discriminator's cross
-    entropy, whose gradient for G is reversed and multiplied by ``coefficient``, and
-    of the self-refinement, weighted by ``WEIGHT * strength``. ``strength`` in [0, 1] is
-    that of :class:`SafeTraining`; it shortens the offset of the tokens, too.
+    The alignment loss is ``trade_off`` times the sum of twice the discriminator's cross
+    entropy, whose gradient for G is reversed and multiplied by ``REVERSAL *
+    coefficient``, and of the self-refinement, weighted by ``WEIGHT * strength``.
+    ``strength`` in [0, 1] is that of :class:`SafeTraining`; it shortens the offset of the
+    tokens, too.
 
     Draws from the global random state three times, whatever the arguments.
 
@@ -92,8 +99,8 @@ def ssrt_losses(
     moved = perturb(tokens, shift, OFFSET * strength)
     clean, perturbed = head(target), head(vit.finish(moved, layer))
 
-    features = reverse_gradient(torch.cat([source, target]), coefficient)
-    domain = domain_loss(networks.discriminator(features))
+    features = reverse_gradient(torch.cat([source, target]), REVERSAL * coefficient)
+    domain = 2 * domain_loss(networks.discriminator(features))
     refinement = refinement_loss(
         *((clean, perturbed) if from_clean else (perturbed, clean))
     )
@@ -130,18 +137,20 @@ def refinement_loss(teacher: Tensor, student: Tensor) -> Tensor:
     return (divergences * confident).sum() / confident.sum().clamp(min=1)
 
 
-def drops(diversities: Tensor) -> bool:
+def drops(diversities: Tensor, before: Tensor | None = None) -> bool:
     """Tell whether a series ``[n]`` drops suddenly, seen at any of some scales.
 
-    It is cut into 2, 4, 8 and 16 parts; it drops if the mean of a part lies more than
+    It is cut into 1, 2, 4, 8 and 16 parts, and so is the series ``before``, if there is
+    one, of which the last part counts. It drops if the mean of a part lies more than
     ``DROP`` below that of the part before. But for the 2, no parts are cut that are
     shorter than ``SHORTEST``.
     """
-    counts = [1 << level for level in range(1, LEVELS + 1)]
-    for count in counts:
+    for count in (1 << level for level in range(LEVELS + 1)):
         if count > 2 and len(diversities) // count < SHORTEST:
             return False
-        parts = torch.tensor_split(diversities, count)
+        parts = [*torch.tensor_split(diversities, count)]
+        if before is not None:
+            parts = [torch.tensor_split(before, count)[-1], *parts]
         means = torch.stack([part.mean() for part in parts])
         if bool((means[:-1] - means[1:] > DROP).any()):
             return True
@@ -153,9 +162,10 @@ class SafeTraining:
 
     The strength rises from 0 to 1 within an interval of steps, as a sine. After each
     interval but the first, the numbers of different classes predicted in its batches
-    are looked at: if they drop, the networks return to the last snapshot and the
-    strength to 0; if not, a snapshot is taken. Drops one after the other double the
-    time that the strength takes to rise.
+    are looked at, beside those of the last interval without a drop: if they drop, and the
+    strength is not ``FAINT``, the networks return to the last snapshot and the strength to
+    0; if not, a snapshot is taken. A drop while the strength still rises doubles the time
+    that it takes, for good.
 
     Attributes:
         restored: how often the networks returned.
@@ -176,6 +186,7 @@ class SafeTraining:
         self._interval = interval
         self._snapshot: dict[str, Tensor] | None = None
         self._diversities: list[int] = []
+        self._before: Tensor | None = None
         self._age = 0
         self._rise = interval
 
@@ -190,12 +201,18 @@ class SafeTraining:
         self._age += 1
         if len(self._diversities) < self._interval:
             return
-        dropped = drops(torch.tensor(self._diversities, dtype=torch.float32))
+        seen = torch.tensor(self._diversities, dtype=torch.float32)
         self._diversities = []
-        if dropped and self._snapshot is not None:
+        if (
+            self._snapshot is not None
+            and self.strength > FAINT
+            and drops(seen, self._before)
+        ):
             self._networks.load_state_dict(self._snapshot)
-            self._rise = 2 * self._rise if self._age <= self._rise else self._interval
+            if self._age <= self._rise:
+                self._rise *= 2
             self._age = 0
             self.restored += 1
         else:
             self._snapshot = deepcopy(self._networks.state_dict())
+            self._before = seen

@@ -33,9 +33,10 @@ def test_the_losses_are_the_literal_sums(networks: Networks, batch: Batch) -> No
     features = networks.generator(torch.cat([batch.source, batch.target]))
     gamma = head.bridge(features)
     p = (head.whole(features) - gamma).softmax(1)
-    sigma = discriminator.bridge(p)
-    d = (discriminator.whole(p) - sigma).flatten().sigmoid()
-    certain = 1 + (p * p.log()).sum(1).exp()
+    hidden = discriminator.trunk(p)
+    sigma = discriminator.bridge(hidden)
+    d = (discriminator.whole(hidden) - sigma).flatten().sigmoid()
+    certain = (p * p.log()).sum(1).exp()
     domain = torch.tensor(0.0)
     for half, said in ((slice(0, 8), d), (slice(8, 16), 1 - d)):
         weights = certain[half] / certain[half].mean()

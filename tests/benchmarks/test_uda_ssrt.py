@@ -15,6 +15,7 @@ from benchmarks.uda.ssrt import (
     INTERVAL,
     LAYERS,
     OFFSET,
+    REVERSAL,
     WEIGHT,
     SafeTraining,
     drops,
@@ -175,7 +176,7 @@ def test_the_alignment_loss_is_one_of_its_literal_values_and_takes_each_of_them(
                 domain, refinement = literal_losses(
                     networks, batch, layer, shift, from_clean
                 )
-                value = 2 * (domain + WEIGHT * refinement)
+                value = 2 * (2 * domain + WEIGHT * refinement)
                 literal[layer, shift, from_clean] = value.item()
     assert len({round(value, 6) for value in literal.values()}) == 18
     seen = set()
@@ -200,7 +201,7 @@ def test_the_strength_weighs_the_refinement_and_shortens_the_offset(
         losses, _ = ssrt_losses(networks, batch, 1.0, 1.0, strength)
         features = torch.cat([networks.generator(part) for part in batch[::2]])
         domain = domain_loss(networks.discriminator(features))
-        return (losses.alignment - domain).item()
+        return (losses.alignment - 2 * domain).item()
 
     assert excess(0) == 0
     assert excess(1) > 0
@@ -225,6 +226,14 @@ def test_the_domain_loss_is_reversed_for_the_transformer_alone(
         strict=True,
     ):
         torch.testing.assert_close(own, plain)
+    features = torch.cat([networks.generator(part) for part in batch[::2]])
+    unturned = 2 * domain_loss(networks.discriminator(features))
+    for own, plain in zip(
+        pull(1.0, networks.generator),
+        gradients(unturned, networks.generator),
+        strict=True,
+    ):
+        torch.testing.assert_close(own, -REVERSAL * plain)
     assert max(one.abs().max() for one in pull(1.0, networks.generator)) > 0
 
 
@@ -285,6 +294,26 @@ def test_a_drop_is_a_fall_by_more_than_a_class_at_some_scale(
     assert drops(torch.tensor(series)) is dropped
 
 
+@pytest.mark.parametrize(
+    ("before", "series", "dropped"),
+    [
+        ([9.0] * 1000, [8.1] * 1000, False),
+        ([9.0] * 1000, [7.9] * 1000, True),
+        ([7.0] * 1000, [7.9] * 1000, False),  # a rise
+        ([7.0] * 500 + [9.0] * 500, [7.5] * 1000, True),  # the last half alone tells
+        ([9.0] * 500 + [7.0] * 500, [7.5] * 1000, False),
+        # Sixteenths alone tell, of which both are the ones that meet.
+        ([8.5] * 938 + [9.0] * 62, [7.9] * 63 + [8.5] * 937, True),
+        ([8.5] * 46 + [9.0] * 16, [7.9] * 16 + [8.5] * 46, False),  # too short for them
+    ],
+)
+def test_a_drop_from_the_end_of_the_series_before_counts(
+    before: list[float], series: list[float], dropped: bool
+) -> None:
+    assert not drops(torch.tensor(series))
+    assert drops(torch.tensor(series), torch.tensor(before)) is dropped
+
+
 def train_safely(
     safe: SafeTraining, module: nn.Linear, diversities: Iterable[int]
 ) -> list[float]:
@@ -337,18 +366,27 @@ def test_a_drop_within_the_first_interval_has_nowhere_to_return_to(
     assert (safe.restored, counter.weight.item(), safe.strength) == (0, 16, 1)
 
 
-def test_a_drop_between_two_intervals_is_none_of_either(counter: nn.Linear) -> None:
+def test_a_drop_between_two_intervals_is_one_of_the_second(counter: nn.Linear) -> None:
     safe = SafeTraining(counter, 16)
     train_safely(safe, counter, [9] * 32 + [3] * 16)
-    assert safe.restored == 0
+    assert (safe.restored, counter.weight.item()) == (1, 32)
+    # What dropped is not what the next interval is compared with.
+    train_safely(safe, counter, [3] * 16)
+    assert safe.restored == 2
+    train_safely(safe, counter, [9] * 16)
+    assert safe.restored == 2
 
 
-def test_drops_one_after_the_other_slow_the_strength_and_peace_makes_up(
+def test_drops_one_after_the_other_slow_the_strength_for_good(
     counter: nn.Linear,
 ) -> None:
     bad = [9] * 8 + [4] * 8
     safe = SafeTraining(counter, 16)
-    train_safely(safe, counter, [9] * 32 + bad + bad)
+    # The first comes when the strength has risen.
+    train_safely(safe, counter, [9] * 32 + bad)
+    train_safely(safe, counter, [9] * 8)
+    assert safe.strength == pytest.approx(math.sqrt(0.5))
+    train_safely(safe, counter, [4] * 8)
     assert safe.restored == 2
     # Over two intervals now: the sine of an eighth of a turn after one of them.
     train_safely(safe, counter, [9] * 16)
@@ -356,7 +394,20 @@ def test_drops_one_after_the_other_slow_the_strength_and_peace_makes_up(
     train_safely(safe, counter, [9] * 32 + bad)
     assert safe.restored == 3
     train_safely(safe, counter, [9] * 16)
-    assert safe.strength == 1
+    assert safe.strength == pytest.approx(math.sqrt(0.5))
+
+
+def test_a_faint_refinement_is_not_to_blame_for_a_drop(counter: nn.Linear) -> None:
+    bad = [9] * 8 + [4] * 8
+    safe = SafeTraining(counter, 16)
+    # Four drops while it rises, so that an interval of the next is a sixteenth of it.
+    train_safely(safe, counter, [9] * 32 + bad * 5)
+    assert safe.restored == 5
+    train_safely(safe, counter, [9] * 8)
+    assert safe.strength < 0.05
+    train_safely(safe, counter, [4] * 8)
+    assert (safe.restored, safe.strength) == (5, pytest.approx(math.sin(math.pi / 32)))
+    assert counter.weight.item() == 32 + 16
 
 
 def test_an_interval_that_cannot_be_cut_is_refused(counter: nn.Linear) -> None:
