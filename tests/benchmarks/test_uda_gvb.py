@@ -19,7 +19,7 @@ def networks() -> Networks:
     return networks
 
 
-def bridges(networks: Networks) -> list[nn.Module]:
+def bridges(networks: Networks) -> list[nn.Linear]:
     found = [one.bridge for one in networks.modules() if isinstance(one, Bridged)]
     assert len(found) == 2
     return found
