@@ -126,7 +126,7 @@ def key_of(
     Neither where these are, nor the code: see ``table3.key_of``.
     """
     return hash_of(
-        asdict(config), data["digests"], backbone["name"], backbone["digest"]
+        config.settings(), data["digests"], backbone["name"], backbone["digest"]
     )
 
 

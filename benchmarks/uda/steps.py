@@ -5,7 +5,7 @@ whether they are summed or harmonized.
 """
 
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -35,6 +35,9 @@ METHODS = (SOURCE_ONLY, "DANN", "CDAN+E", "MCD")
 
 ALL_METHODS = (*METHODS, "GVB", "DWL", "SSRT")
 """Those of the longer tables, too."""
+
+REVISIONS = {"GVB": 2, "SSRT": 2}
+"""Of methods that compute something else than in runs that once were kept."""
 
 Step: TypeAlias = Callable[[Batch, float], None]
 """Train on one batch at a progress in [0, 1)."""
@@ -66,6 +69,11 @@ class Config:
     inner_steps: int = 1
     evaluations: int = 10
     size: int = SIZE
+
+    def settings(self) -> dict[str, object]:
+        """All fields and, where the method has one, its revision: what a key is made of."""
+        revision = REVISIONS.get(self.method)
+        return asdict(self) | ({} if revision is None else {"revision": revision})
 
     def is_evaluated(self, done: int) -> bool:
         """Tell whether the target test set is read after so many steps."""

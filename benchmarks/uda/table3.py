@@ -8,7 +8,7 @@ and a hash of them and the data: other runs never mix, and a killed one is begun
 import argparse
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, median, stdev
 from tempfile import TemporaryDirectory
@@ -222,10 +222,10 @@ def summarize(result: Result) -> Run:
 def key_of(config: Config) -> str:
     """Hash what a run is of: the configuration and the data.
 
-    Not the code, of which the constants of the methods are a part: who changes what they
-    compute begins a new store.
+    Not the code, of which the constants of the methods are a part: who changes what a
+    method computes raises its number in ``steps.REVISIONS``.
     """
-    return hash_of(asdict(config), SHA256)
+    return hash_of(config.settings(), SHA256)
 
 
 def format_table(runs: Sequence[Kept]) -> str:

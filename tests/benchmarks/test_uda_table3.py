@@ -14,7 +14,7 @@ from benchmarks.uda import table3
 from benchmarks.uda.data import SHA256, Task
 from benchmarks.uda.results import Result, append_line, read_runs
 from benchmarks.uda.rules import ALL_RULES
-from benchmarks.uda.steps import ALL_METHODS, Config
+from benchmarks.uda.steps import ALL_METHODS, REVISIONS, Config
 from benchmarks.uda.table3 import (
     BATCH,
     PAPER,
@@ -109,6 +109,17 @@ def test_runs_on_other_data_have_other_keys(monkeypatch: pytest.MonkeyPatch) -> 
     before = key_of(CONFIG)
     monkeypatch.setitem(SHA256, "usps.npz", "0" * 64)
     assert key_of(CONFIG) != before
+
+
+def test_runs_of_a_method_that_once_was_another_have_other_keys(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = [key_of(replace(CONFIG, method=name)) for name in ("DANN", "MCD")]
+    monkeypatch.setitem(REVISIONS, "DANN", 2)
+    assert key_of(CONFIG) != before[0]
+    assert key_of(replace(CONFIG, method="MCD")) == before[1]
+    # But for the revision, a run is what its line says.
+    assert CONFIG.settings() == asdict(CONFIG) | {"revision": 2}
 
 
 def test_a_run_is_kept_as_it_was_found(task: Task) -> None:
