@@ -300,6 +300,7 @@ def test_a_drop_is_a_fall_by_more_than_a_class_at_some_scale(
         ([9.0] * 1000, [8.1] * 1000, False),
         ([9.0] * 1000, [7.9] * 1000, True),
         ([7.0] * 1000, [7.9] * 1000, False),  # a rise
+        ([10.0] * 500 + [8.5] * 500, [8.0] * 1000, True),  # the whole alone tells
         ([7.0] * 500 + [9.0] * 500, [7.5] * 1000, True),  # the last half alone tells
         ([9.0] * 500 + [7.0] * 500, [7.5] * 1000, False),
         # Sixteenths alone tell, of which both are the ones that meet.
