@@ -8,7 +8,7 @@ is not trained again. In the end a table like that of the digits is printed.
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +28,7 @@ from benchmarks.uda.extra import bench_extra
 from benchmarks.uda.image_lists import DATA_SETS, Domain, Task, load_task
 from benchmarks.uda.images import CROP, batches, normalize, ordered_batches
 from benchmarks.uda.networks import Networks
-from benchmarks.uda.options import add_trade_offs
+from benchmarks.uda.options import add_device, add_trade_offs
 from benchmarks.uda.results import (
     Kept,
     Row,
@@ -92,11 +92,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         like, options.methods, options.rules, options.seeds, options.trade_offs
     )
     try:
-        with bench_extra():  # now, not after hours
+        with bench_extra("images"):  # now, not after hours
+            import PIL  # noqa: F401
             import scipy  # noqa: F401
             import tqdm  # noqa: F401
-        with bench_extra("images"):
-            import PIL  # noqa: F401
         task = load_task(options.dataset, options.source, options.target, options.data)
         _check_batch(task, options.batch)
         backbone = _describe_backbone(options.backbone, options.weights)
@@ -241,7 +240,7 @@ def _run(
     )
     return Run(
         key=key,
-        config=asdict(config),
+        config=config.settings(),
         torch=torch.__version__,
         accuracy=accuracy,
         **angles(rows)._asdict(),
@@ -279,15 +278,6 @@ def _describe_backbone(name: str, weights: str | None) -> dict[str, object]:
         "digest": digest_of(backbone),
         "parameters": sum(one.numel() for one in backbone.parameters()),
     }
-
-
-def _device(text: str) -> torch.device:
-    """Read a device that can be used, for ``argparse``."""
-    try:
-        return torch.empty(0, device=text).device
-    except (AssertionError, RuntimeError) as error:
-        first = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"invalid value: {text} ({first})") from error
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -352,9 +342,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="processes that read images, for each domain; 0 for none (default: 2)",
     )
-    parser.add_argument(
-        "--device", type=_device, default="cpu", help="such as cuda (default: cpu)"
-    )
+    add_device(parser)
     parser.add_argument(
         "--store",
         type=Path,

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+import torch
+
 from benchmarks.uda.data import DEMO, REAL, SVHN
 
 DEMO_STEPS = 300
@@ -48,3 +50,19 @@ def add_trade_offs(
         metavar="X",
         help=f"weights of the alignment loss, for each rule (default: {usual})",
     )
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add ``--device``, on which networks and images will be."""
+    parser.add_argument(
+        "--device", type=_device, default="cpu", help="such as cuda (default: cpu)"
+    )
+
+
+def _device(text: str) -> torch.device:
+    """Read a device that can be used, for ``argparse``."""
+    try:
+        return torch.empty(0, device=text).device
+    except (AssertionError, RuntimeError) as error:
+        first = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"invalid value: {text} ({first})") from error

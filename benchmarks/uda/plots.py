@@ -4,8 +4,9 @@
 results there; ``python -m benchmarks.uda.figures`` draws all.
 """
 
-import sys
+from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,6 +55,17 @@ BEFORE = "before"
 AFTER = "after (color by rule)"
 NULL = "null: same gradients, a random sign for every row of one"
 WIDTH = 9.0  # inches; at 100 dots per inch the width of a README
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    parser = ArgumentParser("python -m benchmarks.uda.plots", description=__doc__)
+    parser.add_argument("folder", type=Path, help="with the main job's results.jsonl")
+    folder = parser.parse_args(arguments).folder
+    try:
+        draw_all(read_results(folder / "results.jsonl"), folder)
+    except (ImportError, OSError) as error:
+        parser.error(str(error))
 
 
 def draw_all(results: Sequence[Result], directory: Path) -> list[Path]:
@@ -193,7 +205,9 @@ def _finite(values: Tensor) -> Tensor:
 
 
 def _percent(rows: Sequence[Row]) -> str:
-    return f"{100 * obtuse_share(rows):.0f} %"
+    return (
+        f"{100 * obtuse_share([row for row in rows if all(map(isfinite, row))]):.0f} %"
+    )
 
 
 def _ratio(rows: Sequence[Row]) -> str:
@@ -441,5 +455,4 @@ def _seeds(results: Sequence[Result]) -> str:
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    draw_all(read_results(folder / "results.jsonl"), folder)
+    main()

@@ -57,7 +57,7 @@ class Result:
     """One run.
 
     Attributes:
-        config: the fields of ``steps.Config``.
+        config: ``steps.Config.settings``.
         errors: (steps done, target test error in percent), from step 0 to the last.
         before: Gramians of the two gradients over G, one per harmonized update.
         after: the same, harmonized.
@@ -131,7 +131,7 @@ class Kept:
 
     Attributes:
         key: hash of the configuration and the data.
-        config: the fields of ``steps.Config``.
+        config: ``steps.Config.settings``.
         torch: its version.
         accuracy: on the target's test set after the last step, in percent.
         selected: the same where the source validation error was least; NaN if there was
@@ -273,8 +273,14 @@ def norm_ratios(rows: Sequence[Row]) -> Tensor:
 
 
 def obtuse_share(rows: Sequence[Row]) -> float:
-    """Share of pairs at an obtuse angle, in [0, 1]; NaN without pairs."""
-    return float((cosines(rows) < -ORTHOGONAL).double().mean())
+    """Share of pairs at an obtuse angle, in [0, 1]; NaN without pairs.
+
+    NaN, too, if a gradient is not finite: such a pair has no angle.
+    """
+    found = cosines(rows)
+    return float(
+        (found < -ORTHOGONAL).double().where(found.isfinite(), math.nan).mean()
+    )
 
 
 def angles(rows: Sequence[Row]) -> Angles:

@@ -7,7 +7,7 @@ and a hash of them and the data: other runs never mix, and a killed one is begun
 
 import argparse
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -18,7 +18,7 @@ import torch
 from benchmarks.options import positive
 from benchmarks.uda.data import DEMO, LARGE, REAL, SHA256, SIZE, Task, load_task
 from benchmarks.uda.extra import bench_extra
-from benchmarks.uda.options import add_data, add_trade_offs
+from benchmarks.uda.options import add_data, add_device, add_trade_offs
 from benchmarks.uda.pool import finished
 from benchmarks.uda.results import (
     Kept,
@@ -69,6 +69,9 @@ PAPER = {
 SSRT's with a ViT-B/16 that had seen ImageNet-21K.
 """
 
+COMPARED = {"accuracy": "last step", "selected": "selected steps"}
+"""What of a run can be compared with the sum's, and its name."""
+
 COLUMNS = (
     "method",
     "rule",
@@ -86,7 +89,7 @@ NOTES = """\
 last step: target test accuracy in percent after the last step, mean +- standard deviation
   of (so many) seeds. selected: where the error on the source's test set was least; no
   label of the target has a part in it.
-minus sum: of the last step, paired by seed, the sum at the same weight of the alignment
+minus sum: of the {compared}, paired by seed, the sum at the same weight of the alignment
   loss (sum x 2 and x 4: minus the sum x 1); mean, and from five seeds on the 95 %
   bootstrap interval (expanded percentiles).
 conflict, mean cos, |g1|/|g2| (median): of alignment (1) and classification (2) over the
@@ -104,10 +107,12 @@ class Run(Kept):
     Attributes:
         errors: (steps done, target test error).
         validation: (steps done, source validation error).
+        device: where it was trained.
     """
 
     errors: list[tuple[int, float]]
     validation: list[tuple[int, float]]
+    device: str = "cpu"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -149,20 +154,27 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
             if to_train:
                 options.store.parent.mkdir(parents=True, exist_ok=True)
             task = load_task(name, data, options.size, exact=True) if to_train else None
+            task = task and task.to(options.device)
         except (ImportError, OSError, ValueError) as error:
             parser.error(str(error))
         if task:
             train(task, missing, options.store, options.workers)
     runs = read_runs(options.store, Run)
-    for name, configs in wanted.items():
-        chosen = [runs[key] for key in map(key_of, configs) if key in runs]
+    shown = {
+        name: [runs[key] for key in map(key_of, configs) if key in runs]
+        for name, configs in wanted.items()
+    }
+    if len(shown) > 1:
+        print(f"\n{format_layout(shown)}")
+    for name, chosen in shown.items():
         size = f"{options.size}x{options.size}"
-        print(f"\n{name}, {size}, {options.steps} steps\n\n{format_table(chosen)}")
+        print(f"\n{name}, {size}, {options.steps} steps\n")
+        print(format_table(chosen, options.compared))
         # A run that a changed sign ruins says nothing about the choice of a step.
         sound = [one for one in chosen if one.config["rule"] not in FLIPS]
         if sound:
             print(f"\n{describe_oracle(sound)}")
-    print(f"\n{NOTES}")
+    print(f"\n{NOTES.format(compared=COMPARED[options.compared])}")
 
 
 def make_configs(
@@ -201,13 +213,13 @@ def make_configs(
 def train(task: Task, configs: Sequence[Config], store: Path, workers: int) -> None:
     """Train in worker processes; append each run to the store when it is finished."""
     for result in finished(task, configs, run, workers):
-        append_line(store, summarize(result))
+        append_line(store, summarize(result, task.target.device))
 
 
-def summarize(result: Result) -> Run:
+def summarize(result: Result, device: torch.device) -> Run:
     """Keep the numbers of a run, not its thousands of Gramians."""
     return Run(
-        key=key_of(Config(**result.config)),
+        key=hash_of(result.config, SHA256),
         config=result.config,
         torch=torch.__version__,
         accuracy=result.accuracy,
@@ -216,6 +228,7 @@ def summarize(result: Result) -> Run:
         validation=result.validation,
         **angles(result.before)._asdict(),
         null=100 * obtuse_share(result.null) if result.null else None,
+        device=str(device),
     )
 
 
@@ -228,17 +241,61 @@ def key_of(config: Config) -> str:
     return hash_of(config.settings(), SHA256)
 
 
-def format_table(runs: Sequence[Kept]) -> str:
-    """Lay out a line per method and rule of one task, with as many seeds as there are."""
+def format_table(runs: Sequence[Kept], compared: str = "accuracy") -> str:
+    """Lay out a line per method and rule of one task, with as many seeds as there are.
+
+    ``compared`` is the field that is compared with the sum's: a key of ``COMPARED``.
+    """
     rows: list[tuple[str, ...]] = [COLUMNS]
     weights = sorted({float(str(run.config["trade_off"])) for run in runs})
     for method in ALL_METHODS:
         for rule in ALL_RULES:
             for weight in weights:
                 own = _by_seed(runs, method, rule, weight)
-                compared = 1.0 if rule == "sum" else weight
+                base = 1.0 if rule == "sum" else weight
                 if own:
-                    rows.append(_row(own, _by_seed(runs, method, "sum", compared)))
+                    plain = _by_seed(runs, method, "sum", base)
+                    rows.append(_row(own, plain, compared))
+    return _lay_out(rows)
+
+
+def format_layout(tasks: Mapping[str, Sequence[Kept]]) -> str:
+    """Lay out the runs of several tasks as the paper's Table 3 does, beside its figures.
+
+    Accuracies after the last step, mean +- standard deviation; the mean over the tasks
+    where all have runs. Of the rules at a weight of 1 that change no sign.
+    """
+    heads = [head for name in tasks for head in (name, "paper")]
+    rows: list[tuple[str, ...]] = [("method", "rule", *heads, "mean", "paper")]
+    for method in ALL_METHODS:
+        for rule in (one for one in ALL_RULES if one not in FLIPS):
+            found = [_by_seed(runs, method, rule, 1.0) for runs in tasks.values()]
+            if any(found):
+                values = [[run.accuracy for run in own.values()] for own in found]
+                paper = [PAPER.get((name, method), {}).get(rule) for name in tasks]
+                means = [mean(own) if own else None for own in values]
+                cells = [
+                    cell
+                    for own, theirs in zip(values, paper, strict=True)
+                    for cell in (_spread(own), _figure(theirs))
+                ]
+                name = "-" if method == SOURCE_ONLY else rule
+                last = [_figure(_mean_of_all(one)) for one in (means, paper)]
+                rows.append((method, name, *cells, *last))
+    return _lay_out(rows)
+
+
+def _mean_of_all(values: Sequence[float | None]) -> float | None:
+    known = [one for one in values if one is not None]
+    return mean(known) if len(known) == len(values) else None
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def _lay_out(rows: Sequence[Sequence[str]]) -> str:
+    """Names to the left, numbers to the right, a line below the head."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(
@@ -296,11 +353,17 @@ def _by_seed(
     }
 
 
-def _row(own: dict[object, Kept], plain: dict[object, Kept]) -> tuple[str, ...]:
+def _row(
+    own: dict[object, Kept], plain: dict[object, Kept], compared: str
+) -> tuple[str, ...]:
     first = next(iter(own.values()))
     method, rule, task = (str(first.config[key]) for key in ("method", "rule", "task"))
     weight = float(str(first.config["trade_off"]))
-    paired = [run.accuracy - plain[s].accuracy for s, run in own.items() if s in plain]
+    paired = [
+        getattr(run, compared) - getattr(plain[seed], compared)
+        for seed, run in own.items()
+        if seed in plain and not math.isnan(getattr(run, compared))
+    ]
     reference = rule == "sum" and weight == 1
     name = (
         "-"
@@ -320,7 +383,7 @@ def _row(own: dict[object, Kept], plain: dict[object, Kept]) -> tuple[str, ...]:
         _median(own, lambda run: run.cosine, "+.3f"),
         _median(own, lambda run: run.ratio, ".3f"),
         _median(own, lambda run: run.null, ".0f"),
-        "-" if paper is None else f"{paper:.1f}",
+        _figure(paper),
     )
 
 
@@ -341,6 +404,8 @@ def _median(
     runs: dict[object, Kept], value: Callable[[Kept], float | None], form: str
 ) -> str:
     found = [one for one in map(value, runs.values()) if one is not None]
+    if any(map(math.isnan, found)):  # which have no order
+        return format(math.nan, form)
     return format(median(found), form) if found else "-"
 
 
@@ -386,8 +451,17 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="where the runs are kept (default: the committed ones)",
     )
+    add_device(parser)
     parser.add_argument(
         "--show", action="store_true", help="print what is there, train nothing"
+    )
+    parser.add_argument(
+        "--selected",
+        dest="compared",
+        action="store_const",
+        const="selected",
+        default="accuracy",
+        help="compare with the sum in the selected steps, not in the last",
     )
     parser.add_argument(
         "--quick",

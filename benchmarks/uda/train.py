@@ -1,7 +1,6 @@
 """One whole run: train, evaluate, remember."""
 
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from typing import TypeAlias
 
@@ -23,12 +22,14 @@ def run(config: Config, task: Task, observe: Observe | None = None) -> Result:
     """Train once and return what is reported.
 
     Runs that differ only in their rule start from the same weights, see the same
-    batches and drop the same units. Sets the global random state.
+    batches and drop the same units. Sets the global random state. Computes where the
+    task's images are.
 
     ``observe`` is called at each evaluation; it must leave the networks and the global
     random state as they are.
     """
     networks = build_networks(config.method, config.seed, config.size)
+    networks.to(task.target.device)
     record = Record()
     make_update = partial(
         Harmonized,
@@ -55,7 +56,7 @@ def run(config: Config, task: Task, observe: Observe | None = None) -> Result:
             evaluate(done)
     after = [harmonized_gramian(config.rule, gramian) for gramian in record.gramians]
     return Result(
-        config=asdict(config),
+        config=config.settings(),
         errors=errors,
         before=[_row(gramian) for gramian in record.gramians],
         after=[_row(gramian) for gramian in after],

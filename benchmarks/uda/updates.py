@@ -113,7 +113,7 @@ def unrelated_gramians(
     rows = torch.cat(
         [_row_sums(a * b) for a, b in zip(first, second, strict=True)]
     ).double()
-    signs = torch.randint(2, (draws, len(rows)), generator=generator).double() * 2 - 1
+    signs = torch.randint(2, (draws, len(rows)), generator=generator).to(rows) * 2 - 1
     squares = [
         torch.cat([tensor.flatten() for tensor in gradient]).double().square().sum()
         for gradient in (first, second)

@@ -1,8 +1,8 @@
 """The data: documented shapes, nothing shared by training and test, clear errors."""
 
-import hashlib
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,43 @@ def test_every_image_of_a_file_keeps_its_grey_level_and_label(tmp_path: Path) ->
 
 
 @pytest.mark.filterwarnings("ignore:.*is not the file")
+def test_each_part_of_a_task_is_of_its_own_domain_and_split(tmp_path: Path) -> None:
+    levels = {}
+    for place, (name, (_, _, side)) in enumerate(SHAPES.items()):
+        arrays: dict[str, Any] = {}
+        for part, level in (("train", 40 * place + 10), ("test", 40 * place + 30)):
+            arrays[f"x_{part}"] = np.full((12, side, side), level, np.uint8)
+            arrays[f"y_{part}"] = np.zeros(12, np.uint8)
+            levels[name, part] = level
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+    for source, target in (("mnist", "usps"), ("usps", "mnist")):
+        task = load_task(f"{source}-{target}", tmp_path)
+        assert task.validation is not None
+        found = [
+            task.source.images,
+            task.validation.images,
+            task.target,
+            task.test.images,
+        ]
+        assert [round(float((one.mean() + 1) * 127.5)) for one in found] == [
+            levels[source, "train"],
+            levels[source, "test"],
+            levels[target, "train"],
+            levels[target, "test"],
+        ]
+
+
+def test_a_task_moves_with_all_its_tensors(task: Task) -> None:
+    meta = torch.device("meta")
+    for validation in (None, task.test):
+        moved = replace(task, validation=validation).to(meta)
+        tensors = [*moved.source, moved.target, *moved.test, *(moved.validation or ())]
+        assert len(tensors) == (5 if validation is None else 7)
+        assert {one.device for one in tensors} == {meta}
+        assert moved.name == task.name
+
+
+@pytest.mark.filterwarnings("ignore:.*is not the file")
 def test_mnist_is_shrunk_by_area_and_usps_is_left_alone(tmp_path: Path) -> None:
     write_fake_files(tmp_path)
     generator = np.random.default_rng(0)
@@ -142,7 +179,7 @@ def test_a_missing_or_other_file_of_svhn_is_named(tmp_path: Path) -> None:
             load_task("svhn-mnist", tmp_path)
         arrays = {"X": np.zeros((32, 32, 3, 2), np.uint8), "y": np.ones((2, 1))}
         savemat(path, arrays)
-    with pytest.raises(ValueError, match=r"train_32x32\.mat is not .* its md5 is not"):
+    with pytest.raises(ValueError, match=r"train_32x32\.mat is not .* its md5 is "):
         load_task("svhn-mnist", tmp_path, exact=True)
 
 
@@ -150,6 +187,7 @@ def test_a_missing_file_is_named_with_its_path_and_contents(tmp_path: Path) -> N
     with pytest.raises(FileNotFoundError) as error:
         load_task("usps-mnist", tmp_path)
     assert str(tmp_path / "usps.npz") in str(error.value)
+    assert "https://github.com/" in str(error.value)
     assert "x_train [7291, 16, 16]" in str(error.value)
 
 
@@ -159,6 +197,40 @@ def test_a_file_with_another_checksum_is_refused_where_runs_are_kept(
     write_fake_files(tmp_path)
     with pytest.raises(ValueError, match=r"mnist\.npz is not the file"):
         load_task("mnist-usps", tmp_path, exact=True)
+
+
+def test_the_same_arrays_in_another_archive_are_the_same_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_fake_files(tmp_path)
+    for name in SHAPES:
+        path = tmp_path / f"{name}.npz"
+        with np.load(path) as archive:
+            arrays = {key: archive[key] for key in data.ARRAYS}
+        monkeypatch.setitem(data.SHA256, path.name, data.digest_of(arrays))
+        before = path.read_bytes()
+        np.savez_compressed(path, **dict(reversed(arrays.items())), more=np.zeros(1))
+        assert path.read_bytes() != before
+    load_task("mnist-usps", tmp_path, exact=True)
+    # But one label more or less is another.
+    arrays["y_test"] = arrays["y_test"][::-1]
+    np.savez(path, **arrays)
+    with pytest.raises(
+        ValueError, match=r"its sha256 is [0-9a-f]{64}, not [0-9a-f]{64}"
+    ):
+        load_task("mnist-usps", tmp_path, exact=True)
+
+
+def test_a_digest_is_of_names_types_shapes_and_numbers() -> None:
+    arrays: list[dict[str, np.ndarray[Any, Any]]] = [
+        {"a": np.zeros(4, np.uint8)},
+        {"b": np.zeros(4, np.uint8)},
+        {"a": np.zeros(4, np.int8)},
+        {"a": np.zeros((2, 2), np.uint8)},
+        {"a": np.ones(4, np.uint8)},
+        {"a": np.zeros(4, np.uint8), "b": np.zeros(4, np.uint8)},
+    ]
+    assert len({data.digest_of(one) for one in arrays}) == len(arrays)
 
 
 def test_a_file_with_another_checksum_warns_and_names_it(tmp_path: Path) -> None:
@@ -205,8 +277,7 @@ def test_the_real_files_or_stand_ins_have_the_documented_counts(
     else:
         write_fake_files(tmp_path)
         hashes = {
-            name: hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
-            for name in data.SHA256
+            name: data.digest_of(dict(np.load(tmp_path / name))) for name in data.SHA256
         }
         monkeypatch.setattr(data, "SHA256", hashes)
     task = load_task("mnist-usps", directory)

@@ -13,7 +13,7 @@ import torch
 from matplotlib.collections import Collection
 from matplotlib.colors import to_rgba
 from matplotlib.lines import Line2D
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Rectangle, StepPatch
 from torch import Tensor
 
 import ghopt
@@ -29,6 +29,7 @@ from benchmarks.uda.figures import (
 )
 from benchmarks.uda.networks import CLASSES, Networks, build_networks
 from benchmarks.uda.plots import (
+    BINS,
     SHOWN,
     SOURCE,
     TARGET,
@@ -253,10 +254,11 @@ def test_only_whole_seeds_are_drawn() -> None:
     configs = make_configs("a-b", ["MCD"], 2, 4)
     known = {key_of(one): watched_of(one, 50) for one in configs}
     assert len(whole_seeds(known, configs)) == 22
-    del known[key_of(configs[3])]
-    assert {one.config["seed"] for one in whole_seeds(known, configs)} == {1}
     del known[key_of(configs[-1])]
-    with pytest.raises(ValueError, match="no seed with all runs"):
+    assert {one.config["seed"] for one in whole_seeds(known, configs)} == {0}
+    # Whose points are drawn.
+    del known[key_of(configs[3])]
+    with pytest.raises(ValueError, match="lacks runs of seed 0"):
         whole_seeds(known, configs)
 
 
@@ -325,7 +327,7 @@ def test_the_defaults_are_those_of_the_help(
         (["--seeds", "0"], "--seeds: invalid value: 0"),
         (["--methods", "source-only"], "invalid choice: 'source-only'"),
         (["--task", "usps-mnist"], "needs --data DIR"),
-        (["--show"], "no seed with all runs: train without --show"),
+        (["--show"], "lacks runs of seed 0: train without --show"),
     ],
 )
 def test_the_command_names_what_is_wrong(
@@ -465,6 +467,67 @@ def test_a_run_that_diverged_does_not_stop_the_drawing(tmp_path: Path) -> None:
     ]
     for name, figure in make_watched_figures(runs).items():
         figure.savefig(tmp_path / name, format="png")
+
+
+def test_histograms_are_before_as_bars_after_as_stairs_and_the_null_as_a_line() -> None:
+    # Three places on the axis, each taken by one of the three.
+    runs = [
+        replace(
+            one,
+            before=[(1.0, -0.9, 4.0), (4.0, 2.0, 1.0)] if one.before else [],
+            after=[(1.0, 0.5, 4.0)] if one.before else [],
+            null=[(1.0, -0.25, 4.0)] if one.null else [],
+        )
+        for one in all_runs({})
+    ]
+    for name, values in (
+        ("cosines", (-0.45, 1.0, 0.25, -0.125)),
+        ("inner-products", (-0.9, 2.0, 0.5, -0.25)),
+    ):
+        axes = make_figures(runs)[name].axes[0]
+        title = axes.get_title()
+        assert "MCD, GH\nobtuse: 50 %, then 0 % (null 100 %)" in title
+        assert "|g1|/|g2|: 1.250 (median, before)" in title
+        bars = [one for one in axes.patches if isinstance(one, Rectangle)]
+        width = bars[0].get_width()
+
+        def place(value: float, width: float = width) -> int:
+            return min(BINS - 1, int(value / width + BINS / 2))
+
+        heights = [one.get_height() for one in bars]
+        assert [place for place, one in enumerate(heights) if one] == [
+            place(value) for value in values[:2]
+        ]
+        (stairs,) = (one for one in axes.patches if isinstance(one, StepPatch))
+        steps, _, _ = stairs.get_data()
+        assert np.flatnonzero(steps).tolist() == [place(values[2])]
+        null = y_of(axes.lines[0])
+        assert np.flatnonzero(null).tolist() == [place(values[3])]
+
+
+def test_a_run_that_diverged_has_a_share_of_what_it_had() -> None:
+    runs = [
+        replace(one, before=[*one.before, (math.nan,) * 3]) if one.before else one
+        for one in all_runs({})
+    ]
+    title = make_figures(runs)["cosines"].axes[0].get_title()
+    assert "obtuse: 33 %, then" in title
+
+
+def test_test_errors_are_means_over_seeds_by_rule() -> None:
+    runs = all_runs({"sum": [50, 54], "gh": [60, 66], "ghpp": [70, 70]})
+    (axes,) = make_figures(runs)["test-error"].axes
+    found = {line.get_label(): (x_of(line), y_of(line)) for line in axes.lines}
+    assert found == {
+        "source only": ([0, 4], [90, 59]),
+        "plain sum": ([0, 4], [90, 48]),
+        "GH": ([0, 4], [90, 37]),
+        "GH++": ([0, 4], [90, 30]),
+        "GH++ as printed": ([0, 4], [90, 50]),
+    }
+    band = axes.collections[2].get_paths()[0].get_extents()
+    spread = math.sqrt(18)
+    assert (band.y0, band.ymax) == pytest.approx((37 - spread, 90), rel=1e-4)
 
 
 def test_histograms_say_how_long_the_first_gradient_is() -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
+import ghopt
 from benchmarks.uda import train
 from benchmarks.uda.data import Batch, Task, batches
 from benchmarks.uda.methods import (
@@ -24,8 +25,15 @@ from benchmarks.uda.methods import (
     warm_up,
 )
 from benchmarks.uda.networks import Networks, build_networks, reverse_gradient
-from benchmarks.uda.rules import RULES, harmonized_gramian
+from benchmarks.uda.rules import (
+    ALL_RULES,
+    LAMBDAS,
+    RULES,
+    find_rule,
+    harmonized_gramian,
+)
 from benchmarks.uda.steps import (
+    ALL_METHODS,
     METHODS,
     Config,
     Step,
@@ -116,6 +124,137 @@ def test_discriminator_and_generator_pull_the_alignment_loss_opposite_ways(
             strict=True,
         ):
             torch.testing.assert_close(a, b)
+
+
+def literal_domain_loss(d: Tensor, weights: list[float]) -> float:
+    """The weighted mean of -log of what the discriminator says of each true domain."""
+    count = len(weights)
+    return (
+        sum(
+            -w * math.log(said if n < count // 2 else 1 - said)
+            for n, (w, said) in enumerate(zip(weights, d.tolist(), strict=True))
+        )
+        / count
+    )
+
+
+def literal_entropy(networks: Networks, batch: Batch) -> float:
+    probabilities = networks.heads[0](networks.generator(batch.source)).softmax(1)
+    chosen = probabilities[torch.arange(len(batch.labels)), batch.labels]
+    return -sum(map(math.log, chosen.tolist())) / len(batch.labels)
+
+
+def test_dann_s_losses_are_the_literal_sums(batch: Batch) -> None:
+    networks = build_networks("DANN", seed=0).eval()
+    losses = dann_losses(networks, batch, 1.0, trade_off=2.0)
+    features = networks.generator(torch.cat([batch.source, batch.target]))
+    d = networks.discriminator(features).sigmoid().flatten()
+    expected = 2 * literal_domain_loss(d, [1.0] * 16)
+    assert losses.alignment.item() == pytest.approx(expected, rel=1e-5)
+    expected = literal_entropy(networks, batch)
+    assert losses.classification.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_cdan_s_losses_are_the_literal_sums(batch: Batch) -> None:
+    networks = build_networks("CDAN+E", seed=0).eval()
+    with torch.no_grad():
+        for parameter in networks.heads.parameters():
+            parameter.mul_(20)  # or all predictions are as uncertain
+        for parameter in networks.discriminator.parameters():
+            parameter.mul_(3)
+    losses = cdan_losses(networks, batch, 1.0, trade_off=2.0)
+    features = networks.generator(torch.cat([batch.source, batch.target]))
+    p = networks.heads[0](features).softmax(1)
+    rows = [
+        torch.cat([p[n, c] * features[n] for c in range(p.shape[1])])
+        for n in range(len(p))
+    ]
+    d = networks.discriminator(torch.stack(rows)).sigmoid().flatten()
+    certain = [1 + math.exp(sum(q * math.log(q) for q in row)) for row in p.tolist()]
+    weights = [w / (sum(half) / 8) for half in (certain[:8], certain[8:]) for w in half]
+    assert max(weights) > 1.05 * min(weights)
+    expected = 2 * literal_domain_loss(d, weights)
+    assert losses.alignment.item() == pytest.approx(expected, rel=1e-5)
+    expected = literal_entropy(networks, batch)
+    assert losses.classification.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("part", ["features", "predictions", "certainty"])
+def test_cdan_s_alignment_reaches_g_by_features_predictions_and_certainty(
+    batch: Batch, part: str
+) -> None:
+    networks = build_networks("CDAN+E", seed=0).eval().double()
+    batch = Batch(batch.source.double(), batch.labels, batch.target.double())
+    with torch.no_grad():
+        for parameter in networks.heads.parameters():
+            parameter.mul_(20)
+
+    def literal(frozen: str | None) -> Tensor:
+        """The alignment loss, with one of its three ways to G cut."""
+        features = networks.generator(torch.cat([batch.source, batch.target]))
+        p = networks.heads[0](features).softmax(1)
+        certain = 1 + (p * p.log()).sum(1).exp()
+        weights = certain / certain.view(2, 8).mean(1).detach().repeat_interleave(8)
+        if frozen == "features":
+            features = features.detach()
+        if frozen == "predictions":
+            p = p.detach()
+        if frozen == "certainty":
+            weights = weights.detach()
+        rows = torch.einsum("nc,nf->ncf", p, features).flatten(1)
+        d = networks.discriminator(rows).sigmoid().flatten()
+        said = torch.cat([d[:8], 1 - d[8:]])
+        loss: Tensor = -(weights * said.log()).mean()
+        return loss
+
+    found = gradients(
+        cdan_losses(networks, batch, 1.0, 1.0).alignment, networks.generator
+    )
+    whole = gradients(literal(None), networks.generator)
+    for one, other in zip(found, whole, strict=True):
+        torch.testing.assert_close(one, -other)
+    cut = gradients(literal(part), networks.generator)
+    assert not all(map(torch.allclose, whole, cut))
+
+
+@pytest.mark.parametrize("method", ALL_METHODS[1:])
+def test_a_step_s_losses_have_its_trade_off_and_its_progress(
+    batch: Batch, method: str
+) -> None:
+    def pair(trade_off: float, progress: float) -> tuple[float, float, Tensor]:
+        """Both losses, and the first's gradient for G, of the second step."""
+        found: list[tuple[float, float, Tensor]] = []
+        config = Config("", method, "sum", 0, 8, lr=0.0, trade_off=trade_off)
+        networks = build_networks(method, seed=0).eval()
+
+        def make_update(_sgd: SGD, _shared: Iterable[nn.Parameter]) -> Update:
+            def update(losses: Losses) -> None:
+                pulled = gradients(losses.alignment, networks.generator)
+                flat = torch.cat([one.flatten() for one in pulled])
+                alignment, classification = (loss.item() for loss in losses)
+                found.append((alignment, classification, flat))
+
+            return update
+
+        step = make_step(config, networks, make_update)
+        for _ in range(2):
+            torch.manual_seed(3)  # SSRT draws
+            step(batch, progress)
+        return found[1]
+
+    one, three = pair(1.0, 0.5), pair(3.0, 0.5)
+    assert one[0] != 0
+    assert three[0] == pytest.approx(3 * one[0], rel=1e-5)
+    assert three[1] == pytest.approx(one[1], rel=1e-5)
+    # The reversal's coefficient starts at 0; nothing is reversed in MCD and DWL.
+    early = pair(1.0, 0.0)
+    assert early[0] == pytest.approx(one[0], rel=1e-5)
+    moved = not torch.allclose(early[2], one[2], atol=1e-9)
+    assert moved == (method not in ("MCD", "DWL"))
+    if method in ("DANN", "CDAN+E"):
+        assert early[2].abs().max() == 0
+        half = pair(1.0, 0.1)
+        torch.testing.assert_close(one[2] * warm_up(0.1), half[2] * warm_up(0.5))
 
 
 def test_the_trade_off_is_part_of_the_alignment_loss_alone(batch: Batch) -> None:
@@ -317,7 +456,47 @@ def test_unrelated_gradients_keep_their_norms_and_are_obtuse_half_of_the_time(
     assert rows[0][2] == pytest.approx(second, rel=1e-5)
     obtuse = sum(row[1] < 0 for row in rows) / len(rows)
     assert abs(obtuse - 0.5) < 0.05
+    # A sign for each row, neither for each number nor one for all.
+    spread = sum(row[1] ** 2 for row in rows) / len(rows)
+    products = [
+        (a * b).double()
+        for a, b in zip(
+            *(gradients(loss, networks.generator) for loss in losses), strict=True
+        )
+    ]
+    by_row = sum(
+        float(one.reshape(len(one), -1).sum(1).square().sum()) for one in products
+    )
+    assert spread == pytest.approx(by_row, rel=0.15)
+    by_number = sum(float(one.square().sum()) for one in products)
+    for other in (by_number, sum(float(one.sum()) for one in products) ** 2):
+        assert not 0.5 < other / by_row < 2
     assert all(parameter.grad is None for parameter in shared)
+
+
+def test_rules_are_those_of_the_library_by_name() -> None:
+    for name in ("gh", "ghpp", "ghpp_printed", "ghpp_balanced"):
+        rule = find_rule(name)
+        assert rule.weighting is getattr(ghopt, name)
+        assert rule.coefficients is getattr(ghopt, f"{name}_coefficients")
+
+
+@pytest.mark.parametrize("name", sorted({*ALL_RULES, *LAMBDAS.values()}))
+def test_a_rule_s_weights_are_the_sums_of_its_coefficients(name: str) -> None:
+    gramian = torch.tensor([[4.0, -1.0], [-1.0, 1.0]], dtype=torch.float64)
+    rule = find_rule(name)
+    weights = rule.coefficients(gramian).sum(0)
+    torch.testing.assert_close(rule.weighting(gramian), weights)
+
+
+def test_a_changed_sign_is_that_of_the_task_in_its_name() -> None:
+    gramian = torch.tensor([[4.0, -1.0], [-1.0, 1.0]])
+    for name, weights in (
+        ("sum", [1, 1]),
+        ("minus_alignment", [-1, 1]),
+        ("minus_classification", [1, -1]),
+    ):
+        assert find_rule(name).weighting(gramian).tolist() == weights
 
 
 def test_harmonized_gramians_are_what_each_rule_promises() -> None:

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.optim import SGD
 
-from benchmarks.uda import timing
+import ghopt
+from benchmarks.uda import plots, timing
 from benchmarks.uda.__main__ import main, make_configs
 from benchmarks.uda.data import Task, batches
 from benchmarks.uda.methods import Losses, dann_losses
@@ -26,13 +27,14 @@ from benchmarks.uda.results import (
     read_results,
     write_results,
 )
-from benchmarks.uda.rules import RULES
+from benchmarks.uda.rules import RULES, find_rule
 from benchmarks.uda.steps import ALL_METHODS, METHODS, Config
 from benchmarks.uda.table import COLUMNS, format_table, verdict
 from benchmarks.uda.timing import time_ratios
 from benchmarks.uda.train import run
 from benchmarks.uda.train import test_error as error_on
 from benchmarks.uda.updates import MakeUpdate, Update, plain_update
+from tests.benchmarks.modules import same, values
 
 
 def result(method: str, rule: str, seed: int, accuracy: float) -> Result:
@@ -41,7 +43,7 @@ def result(method: str, rule: str, seed: int, accuracy: float) -> Result:
         config={"task": "a-b", "method": method, "rule": rule, "seed": seed},
         errors=[(0, 90.0), (10, 100 - accuracy)],
         before=[] if method == "source-only" else before,
-        after=[] if method == "source-only" else before,
+        after=[] if method == "source-only" else [(4.0, 1.0, 1.0)] * 2,
         null=before if rule == "sum" else [],
     )
 
@@ -157,6 +159,8 @@ def test_cosines_and_ratios_are_those_of_the_gradients() -> None:
     assert cosines(rows).tolist() == pytest.approx([-0.5, 0, 0])
     assert norm_ratios(rows).tolist() == [2, 0, 3]
     assert obtuse_share(rows) == pytest.approx(1 / 3)
+    assert math.isnan(obtuse_share([]))
+    assert math.isnan(obtuse_share([*rows, (math.nan, math.nan, math.nan)]))
 
 
 def test_results_survive_the_file(tmp_path: Path) -> None:
@@ -179,6 +183,22 @@ def test_plots_are_drawn_from_stored_results_even_of_a_diverged_run(
     paths = draw_all(read_results(tmp_path / "results.jsonl"), tmp_path)
     for path in paths:
         assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_plots_command_draws_what_a_folder_holds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments, message in (
+        ([], "required: folder"),
+        ([str(tmp_path)], "No such file"),
+    ):
+        with pytest.raises(SystemExit):
+            plots.main(arguments)
+        assert message in capsys.readouterr().err
+    runs = results(**{rule: [50.0, 51.0] for rule in RULES})
+    write_results(tmp_path / "results.jsonl", runs)
+    plots.main([str(tmp_path)])
+    assert (tmp_path / "cosines.png").exists()
 
 
 def config(task: Task, method: str, rule: str) -> Config:
@@ -319,6 +339,31 @@ def test_what_a_step_costs_is_printed_for_each_method(
     assert head.split() == ["plain,", "ms", "gh", "ghpp", "three", "passes"]
     assert [row.split()[0] for row in rows] == list(ALL_METHODS[1:])
     assert all(float(cell) > 0 for row in rows for cell in row.split()[1:])
+
+
+def test_a_timed_rule_is_the_rule_of_its_name(task: Task) -> None:
+    batch = next(batches(task, 8, 1, seed=0))
+    trained = {}
+    for rule, make_update in timing.harmonized("sum", "gh", "ghpp").items():
+        networks = build_networks("DANN", seed=0).eval()
+        losses = dann_losses(networks, batch, 1.0, 1.0)
+        sgd = SGD(networks.parameters(), lr=0.1)
+        update = make_update(sgd, networks.generator.parameters())
+        update(Losses(losses.alignment - losses.classification, losses.classification))
+        expected = build_networks("DANN", seed=0).eval()
+        losses = dann_losses(expected, batch, 1.0, 1.0)
+        optimizer = ghopt.HarmonizedOptimizer(
+            SGD(expected.parameters(), lr=0.1),
+            weighting=find_rule(rule).weighting,
+            shared_params=list(expected.generator.parameters()),
+        )
+        optimizer.step(
+            losses=[losses.alignment - losses.classification, losses.classification]
+        )
+        assert same(values(networks), values(expected))
+        trained[rule] = values(networks)
+    assert not same(trained["sum"], trained["gh"])
+    assert not same(trained["gh"], trained["ghpp"])
 
 
 def test_three_passes_weigh_the_losses_for_all_parameters(task: Task) -> None:

@@ -9,10 +9,11 @@ from pathlib import Path
 from statistics import NormalDist, mean, median
 
 import pytest
+import torch
 
 from benchmarks.uda import table3
 from benchmarks.uda.data import SHA256, Task
-from benchmarks.uda.results import Result, append_line, read_runs
+from benchmarks.uda.results import Result, append_line, hash_of, read_runs
 from benchmarks.uda.rules import ALL_RULES
 from benchmarks.uda.steps import ALL_METHODS, REVISIONS, Config
 from benchmarks.uda.table3 import (
@@ -21,6 +22,7 @@ from benchmarks.uda.table3 import (
     RATE,
     Run,
     describe_oracle,
+    format_layout,
     format_table,
     interval,
     key_of,
@@ -123,13 +125,17 @@ def test_runs_of_a_method_that_once_was_another_have_other_keys(
 
 
 def test_a_run_is_kept_as_it_was_found(task: Task) -> None:
-    validated = replace(task, validation=task.test)
+    # Selected is by images of the source, which are not those that are tested.
+    validated = replace(task, validation=task.source)
     result = run(CONFIG, validated)
-    kept = summarize(result)
+    kept = summarize(result, torch.device("cpu"))
     assert kept.accuracy == result.accuracy
-    assert kept.validation == result.errors  # it is the same set of images
+    assert kept.errors == run(CONFIG, task).errors
+    assert kept.validation == run(CONFIG, replace(task, test=task.source)).errors
+    assert kept.validation != kept.errors
     assert kept.null is not None
     assert kept.config == asdict(CONFIG)
+    assert kept.device == "cpu"
     obtuse = [product < -1e-9 * math.sqrt(a * b) for a, product, b in result.before]
     assert kept.obtuse == pytest.approx(100 * mean(obtuse))
     # In the first step the reversal's coefficient is 0, and so is g1.
@@ -139,9 +145,34 @@ def test_a_run_is_kept_as_it_was_found(task: Task) -> None:
     assert kept.ratio == pytest.approx(median(ratios))
     unrelated = [product < -1e-9 * math.sqrt(a * b) for a, product, b in result.null]
     assert kept.null == pytest.approx(100 * mean(unrelated))
-    alone = summarize(run(replace(CONFIG, method="source-only"), task))
+    alone = summarize(
+        run(replace(CONFIG, method="source-only"), task), torch.device("cpu")
+    )
     assert (alone.obtuse, alone.cosine, alone.null) == (None, None, None)
     assert math.isnan(alone.selected)
+
+
+def test_the_angles_that_are_kept_are_those_before_harmonization(task: Task) -> None:
+    result = run(replace(CONFIG, rule="gh", steps=12), task)
+    assert result.before != result.after
+    kept = summarize(result, torch.device("cpu"))
+    assert kept.obtuse == pytest.approx(
+        100 * mean(product < 0 for _, product, _ in result.before)
+    )
+    assert kept.obtuse != 0
+    assert kept.null is None
+
+
+def test_a_run_that_diverged_has_no_share_of_obtuse_angles() -> None:
+    rows = [(1.0, -0.5, 1.0), (math.nan, math.nan, math.nan)]
+    result = Result(CONFIG.settings(), [(0, 90.0)], rows, rows, [])
+    kept = summarize(result, torch.device("cpu"))
+    for value in (kept.obtuse, kept.cosine, kept.ratio):
+        assert value is not None
+        assert math.isnan(value)
+    # Nor has a row, whatever the order of its seeds.
+    for runs in ([kept, run_of(seed=1)], [run_of(seed=1), kept]):
+        assert lines(runs)[0][-5:] == ["nan", "+nan", "nan", "50", "-"]
 
 
 def test_the_selected_accuracy_is_that_of_the_least_source_error_the_last_such() -> (
@@ -186,14 +217,17 @@ def test_runs_are_trained_and_appended(task: Task, tmp_path: Path) -> None:
     train(task, configs, store, workers=1)
     runs = read_runs(store, Run)
     assert runs.keys() == {key_of(one) for one in configs}
-    again = summarize(run(CONFIG, task))
+    again = summarize(run(CONFIG, task), torch.device("cpu"))
     kept = runs[again.key]
     assert kept.accuracy == again.accuracy
     assert kept.cosine == again.cosine
 
 
 def test_only_what_the_store_lacks_is_trained(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    task: Task,
 ) -> None:
     store = tmp_path / "runs.jsonl"
     trained: list[Config] = []
@@ -206,7 +240,7 @@ def test_only_what_the_store_lacks_is_trained(
             append_line(where, replace(kept, key=key_of(config), config=asdict(config)))
 
     monkeypatch.setattr(table3, "train", note)
-    monkeypatch.setattr(table3, "load_task", lambda name, *_, **__: name)
+    monkeypatch.setattr(table3, "load_task", lambda *_, **__: task)
     asked = ["--tasks", "usps-mnist", "--methods", "DANN", "--rules", "sum", "gh"]
     asked += ["--steps", "7", "--workers", "1", "--store", str(store)]
     main([*asked, "--seeds", "1"])
@@ -278,6 +312,25 @@ def test_missing_data_is_named(
         assert message in capsys.readouterr().err
 
 
+def test_what_is_trained_is_where_it_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: Task
+) -> None:
+    given: list[torch.device] = []
+
+    def note(task: Task, configs: list[Config], store: Path, _workers: int) -> None:
+        given.append(task.target.device)
+        append_line(store, replace(run_of(), key=key_of(configs[0])))
+
+    monkeypatch.setattr(table3, "train", note)
+    monkeypatch.setattr(table3, "load_task", lambda *_, **__: task)
+    asked = ["--tasks", "usps-mnist", "--methods", "DANN", "--store"]
+    main([*asked, str(tmp_path / "a.jsonl")])
+    main([*asked, str(tmp_path / "b.jsonl"), "--device", "meta"])
+    assert given == [torch.device("cpu"), torch.device("meta")]
+    with pytest.raises(SystemExit):
+        main([*asked, str(tmp_path / "c.jsonl"), "--device", "abacus"])
+
+
 # The table.
 
 
@@ -292,6 +345,67 @@ def test_differences_are_paired_by_seed_and_have_an_interval() -> None:
     assert " ".join(table[1]).startswith(
         "DANN gh 70.2 +- 14.2 (5) 48.0 +- 0.0 +2.2 [+2.0, +2.5]"
     )
+
+
+def test_differences_can_be_those_of_the_selected_steps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = replace(CONFIG, batch_size=BATCH, lr=RATE)
+    store = tmp_path / "runs.jsonl"
+    for rule, last, selected in (("sum", 50.0, 41.0), ("gh", 53.0, 48.5)):
+        config = replace(base, rule=rule)
+        kept = replace(run_of(rule, accuracy=last), selected=selected)
+        append_line(store, replace(kept, key=key_of(config), config=config.settings()))
+    asked = ["--tasks", "usps-mnist", "--methods", "DANN", "--steps", "7", "--show"]
+    asked += ["--store", str(store)]
+    main(asked)
+    shown = capsys.readouterr().out
+    assert " 53.0 (1)      48.5              +3.0 " in shown
+    assert "minus sum: of the last step, paired" in shown
+    main([*asked, "--selected"])
+    shown = capsys.readouterr().out
+    assert " 53.0 (1)      48.5              +7.5 " in shown
+    assert "minus sum: of the selected steps, paired" in shown
+    # Where nothing was selected there is nothing to compare.
+    bare = [replace(one, selected=math.nan) for one in read_runs(store, Run).values()]
+    assert "53.0 (1) - - 60" in " ".join(
+        format_table(bare, "selected").splitlines()[-1].split()
+    )
+
+
+def test_the_layout_of_the_paper_s_table_has_a_column_for_each_task() -> None:
+    def runs(task: str, method: str, rule: str, *found: float) -> list[Run]:
+        return [
+            run_of(rule, seed, accuracy, task=task, method=method)
+            for seed, accuracy in enumerate(found)
+        ]
+
+    one = runs("usps-mnist", "MCD", "gh", 90.0, 92.0)
+    one += runs("usps-mnist", "source-only", "sum", 40.0)
+    one += runs("usps-mnist", "MCD", "minus_alignment", 10.0)
+    one += [run_of("sum", 0, 99.0, method="MCD", trade_off=2.0)]
+    other = runs("mnist-usps", "MCD", "gh", 80.0) + runs(
+        "mnist-usps", "DANN", "sum", 70
+    )
+    table = format_layout({"usps-mnist": one, "mnist-usps": other}).splitlines()
+    assert table[0].split() == [
+        *(
+            "method",
+            "rule",
+            "usps-mnist",
+            "paper",
+            "mnist-usps",
+            "paper",
+            "mean",
+            "paper",
+        )
+    ]
+    assert [line.split() for line in table[2:]] == [
+        ["source-only", "-", "40.0", "-", "-", "-", "-", "-"],
+        ["DANN", "sum", "-", "-", "70.0", "-", "-", "-"],
+        # 96.75 is the mean of the paper's 96.8 and 96.7.
+        *[["MCD", "gh", "91.0", "+-", "1.4", "96.8", "80.0", "96.7", "85.5", "96.8"]],
+    ]
 
 
 def test_the_interval_is_that_of_all_resamples_as_far_out_as_student_s_t() -> None:
@@ -361,9 +475,12 @@ def test_a_run_with_a_changed_sign_has_no_part_in_that(
 
 
 def test_the_store_s_folder_is_made_before_the_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    task: Task,
 ) -> None:
-    monkeypatch.setattr(table3, "load_task", lambda name, *_, **__: name)
+    monkeypatch.setattr(table3, "load_task", lambda *_, **__: task)
     monkeypatch.setattr(
         table3, "train", lambda _task, _configs, store, _: append_line(store, run_of())
     )
@@ -394,7 +511,10 @@ def test_the_committed_runs_can_be_read_and_shown(
     runs = read_runs(table3.STORE, Run)
     assert runs
     for key, kept in runs.items():
-        assert key == key_of(Config(**kept.config))  # type: ignore[arg-type]  # by name
+        # What a line says is what its hash is of, and what the code would train today.
+        assert key == hash_of(kept.config, SHA256)
+        fields = {name: one for name, one in kept.config.items() if name != "revision"}
+        assert kept.config == Config(**fields).settings()  # type: ignore[arg-type]  # by name
     main(["--show", "--seeds", "1"])
     shown = capsys.readouterr().out
     for method, rule in {
