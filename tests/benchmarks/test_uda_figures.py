@@ -254,9 +254,10 @@ def test_only_whole_seeds_are_drawn() -> None:
     configs = make_configs("a-b", ["MCD"], 2, 4)
     known = {key_of(one): watched_of(one, 50) for one in configs}
     assert len(whole_seeds(known, configs)) == 22
-    del known[key_of(configs[-1])]
+    last = known.pop(key_of(configs[-1]))
     assert {one.config["seed"] for one in whole_seeds(known, configs)} == {0}
     # Whose points are drawn.
+    known[last.key] = last
     del known[key_of(configs[3])]
     with pytest.raises(ValueError, match="lacks runs of seed 0"):
         whole_seeds(known, configs)
