@@ -34,6 +34,7 @@ def test_the_losses_are_the_literal_sums(networks: Networks, batch: Batch) -> No
     gamma = head.bridge(features)
     p = (head.whole(features) - gamma).softmax(1)
     hidden = discriminator.trunk(p)
+    assert hidden.min() == 0  # rectified
     sigma = discriminator.bridge(hidden)
     d = (discriminator.whole(hidden) - sigma).flatten().sigmoid()
     certain = (p * p.log()).sum(1).exp()

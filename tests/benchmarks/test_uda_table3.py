@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import permutations, product
@@ -525,3 +526,30 @@ def test_the_committed_runs_can_be_read_and_shown(
             assert f"{method} " in shown
             assert rule in shown
     json.dumps([asdict(kept) for kept in runs.values()])
+
+
+COMMANDS = re.findall(
+    r"`python -m benchmarks\.uda\.table3 (--show[^`]*)`:\n\n```text\n(.*?)```",
+    table3.STORE.with_name("README.md").read_text(),
+    flags=re.DOTALL,
+)
+
+
+def words(text: str) -> list[list[str]]:
+    """The lines' words, without the intervals and what the widths of columns decide."""
+    bare = [re.sub(r" \[[^\]]*\]", "", line) for line in text.splitlines()]
+    return [line.split() for line in bare if line.strip("-")]
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_the_readme_s_tables_are_those_of_the_committed_runs(
+    place: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert len(COMMANDS) == 3
+    arguments, table = COMMANDS[place]
+    # Which take a second a table, and hang on SciPy's way to draw.
+    monkeypatch.setattr(table3, "interval", lambda _: (-math.inf, math.inf))
+    main(arguments.split())
+    expected = words(table)
+    assert len(expected) > 10
+    assert words(capsys.readouterr().out)[: len(expected)] == expected
