@@ -44,8 +44,8 @@ CONTENTS = {
     "y_test [10000], all uint8, in MNIST's own order, such as the file of Keras, "
     "https://storage.googleapis.com/tensorflow/tf-keras-datasets/mnist.npz",
     "usps.npz": "x_train [7291, 16, 16], y_train [7291], x_test [2007, 16, 16] and "
-    "y_test [2007], all uint8, to be made as benchmarks/uda/README.md says of data/usps.h5 "
-    "of https://github.com/niuers/Learning-From-Data-A-Short-Course",
+    "y_test [2007], all uint8, to be made, as benchmarks/uda/README.md says, of "
+    "data/usps.h5 of https://github.com/niuers/Learning-From-Data-A-Short-Course",
     "train_32x32.mat": "X [32, 32, 3, 73257] and y [73257, 1], both uint8, to be had at "
     "http://ufldl.stanford.edu/housenumbers/",
     "test_32x32.mat": "X [32, 32, 3, 26032] and y [26032, 1], both uint8, to be had at "

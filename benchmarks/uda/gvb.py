@@ -2,7 +2,8 @@
 
 Cui et al., "Gradually Vanishing Bridge for Adversarial Domain Adaptation", CVPR 2020: the
 variant with a bridge on generator and discriminator (GVB-GD), as in the GH paper. Formulas
-are those of its published code (cuishuhao/GVB); the networks are smaller.
+are those of its published code (cuishuhao/GVB), but that a trade-off weighs the bridges,
+too, of which code that trade-off is always 1. The networks are smaller.
 """
 
 import torch
@@ -22,9 +23,9 @@ def gvb_losses(
     exp(-entropy), as in GVB's code, where CDAN+E adds 1. The alignment
     loss is ``trade_off`` times the sum of three: its cross entropy, the mean absolute
     output of the generator's bridge and that of the discriminator's. The last is taken
-    behind the reversal: the discriminator shrinks it, and G is led to raise it. (The code published
-    with the GH paper harmonizes the two bridges as a pair of their own; they are
-    no task of the model, but what keeps alignment honest.)
+    behind the reversal: the discriminator shrinks it, and G is led to raise it. (The code
+    published with the GH paper harmonizes the two bridges as a pair of their own; they
+    are no task of the model, but what keeps alignment honest.)
     """
     head, discriminator = networks.heads[0], networks.discriminator
     assert isinstance(head, Bridged)  # networks.assemble made them

@@ -62,9 +62,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = ArgumentParser("python -m benchmarks.uda.plots", description=__doc__)
     parser.add_argument("folder", type=Path, help="with the main job's results.jsonl")
     folder = parser.parse_args(arguments).folder
+    path = folder / "results.jsonl"
     try:
-        draw_all(read_results(folder / "results.jsonl"), folder)
-    except (ImportError, OSError) as error:
+        results = read_results(path)
+        if not results:
+            raise ValueError(f"{path} has no run")
+        draw_all(results, folder)
+    except (ImportError, OSError, TypeError, ValueError) as error:
         parser.error(str(error))
 
 

@@ -6,7 +6,8 @@ when the predictions lose classes. Formulas and constants are those of the publi
 (tsun/SSRT), but:
 
 * The transformer is small and starts from random weights, not from ImageNet's; there is
-  no bottleneck. Their code perturbs before the blocks 0, 4 or 8 of 12; here it is 0, 1 or 2
+  no bottleneck, the classifier is one linear map, and none of them drops units. Their
+  code perturbs before the blocks 0, 4 or 8 of 12; here it is 0, 1 or 2
   of 4.
 * The offset leads to the image at a random distance in the batch's (random) order, there
   to that at the mirrored place.
@@ -142,8 +143,8 @@ def drops(diversities: Tensor, before: Tensor | None = None) -> bool:
 
     It is cut into 1, 2, 4, 8 and 16 parts, and so is the series ``before``, if there is
     one, of which the last part counts. It drops if the mean of a part lies more than
-    ``DROP`` below that of the part before. But for the 2, no parts are cut that are
-    shorter than ``SHORTEST``.
+    ``DROP`` below that of the part before. But for the whole and the halves, no parts
+    are cut that are shorter than ``SHORTEST``.
     """
     for count in (1 << level for level in range(LEVELS + 1)):
         if count > 2 and len(diversities) // count < SHORTEST:
@@ -162,8 +163,8 @@ class SafeTraining:
 
     The strength rises from 0 to 1 within an interval of steps, as a sine. After each
     interval but the first, the numbers of different classes predicted in its batches
-    are looked at, beside those of the last interval without a drop: if they drop, and the
-    strength is not ``FAINT``, the networks return to the last snapshot and the strength to
+    are looked at, beside those of the interval before the last snapshot: if they drop, and
+    the strength is not ``FAINT``, the networks return to that snapshot and the strength to
     0; if not, a snapshot is taken. A drop while the strength still rises doubles the time
     that it takes, for good.
 

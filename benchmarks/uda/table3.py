@@ -33,6 +33,7 @@ from benchmarks.uda.rules import ALL_RULES, FLIPS
 from benchmarks.uda.steps import ALL_METHODS, SOURCE_ONLY, Config
 from benchmarks.uda.train import run
 
+CPU = torch.device("cpu")
 STORE = Path(__file__).with_name("table3.jsonl")
 
 # Numbers of steps, images per batch and learning rate: what shows a signal in the time
@@ -128,6 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Train what is missing, and print."""
+    device = options.device
     wanted = {
         name: make_configs(
             Config(
@@ -149,22 +151,22 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
                 import scipy  # noqa: F401  # now, not after hours
                 import tqdm  # noqa: F401
             known = read_runs(options.store, Run)
-            missing = [one for one in configs if key_of(one) not in known]
+            missing = [one for one in configs if key_of(one, device) not in known]
             to_train = missing and not options.show
             if to_train:
                 options.store.parent.mkdir(parents=True, exist_ok=True)
             task = load_task(name, data, options.size, exact=True) if to_train else None
-            task = task and task.to(options.device)
+            task = task and task.to(device)
         except (ImportError, OSError, ValueError) as error:
             parser.error(str(error))
         if task:
             train(task, missing, options.store, options.workers)
     runs = read_runs(options.store, Run)
     shown = {
-        name: [runs[key] for key in map(key_of, configs) if key in runs]
+        name: [runs[key] for one in configs if (key := key_of(one, device)) in runs]
         for name, configs in wanted.items()
     }
-    if len(shown) > 1:
+    if len(shown) > 1 and 1 in (options.trade_offs or (1,)):
         print(f"\n{format_layout(shown)}")
     for name, chosen in shown.items():
         size = f"{options.size}x{options.size}"
@@ -219,7 +221,7 @@ def train(task: Task, configs: Sequence[Config], store: Path, workers: int) -> N
 def summarize(result: Result, device: torch.device) -> Run:
     """Keep the numbers of a run, not its thousands of Gramians."""
     return Run(
-        key=hash_of(result.config, SHA256),
+        key=_hash(result.config, device),
         config=result.config,
         torch=torch.__version__,
         accuracy=result.accuracy,
@@ -232,13 +234,19 @@ def summarize(result: Result, device: torch.device) -> Run:
     )
 
 
-def key_of(config: Config) -> str:
-    """Hash what a run is of: the configuration and the data.
+def key_of(config: Config, device: torch.device = CPU) -> str:
+    """Hash what a run is of: the configuration, the data and the kind of device.
 
-    Not the code, of which the constants of the methods are a part: who changes what a
-    method computes raises its number in ``steps.REVISIONS``.
+    Devices drop other units, so runs of two of them are no pairs. Not the code, of which
+    the constants of the methods are a part: who changes what a method computes raises its
+    number in ``steps.REVISIONS``.
     """
-    return hash_of(config.settings(), SHA256)
+    return _hash(config.settings(), device)
+
+
+def _hash(settings: dict[str, object], device: torch.device) -> str:
+    kind = () if device == CPU else (device.type,)
+    return hash_of(settings, SHA256, *kind)
 
 
 def format_table(runs: Sequence[Kept], compared: str = "accuracy") -> str:
@@ -262,8 +270,9 @@ def format_table(runs: Sequence[Kept], compared: str = "accuracy") -> str:
 def format_layout(tasks: Mapping[str, Sequence[Kept]]) -> str:
     """Lay out the runs of several tasks as the paper's Table 3 does, beside its figures.
 
-    Accuracies after the last step, mean +- standard deviation; the mean over the tasks
-    where all have runs. Of the rules at a weight of 1 that change no sign.
+    Accuracies after the last step, mean +- standard deviation (number of seeds); the
+    mean over the tasks where all have runs. Of the rules at a weight of 1 that change no
+    sign.
     """
     heads = [head for name in tasks for head in (name, "paper")]
     rows: list[tuple[str, ...]] = [("method", "rule", *heads, "mean", "paper")]
@@ -277,7 +286,7 @@ def format_layout(tasks: Mapping[str, Sequence[Kept]]) -> str:
                 cells = [
                     cell
                     for own, theirs in zip(values, paper, strict=True)
-                    for cell in (_spread(own), _figure(theirs))
+                    for cell in (_count(own), _figure(theirs))
                 ]
                 name = "-" if method == SOURCE_ONLY else rule
                 last = [_figure(_mean_of_all(one)) for one in (means, paper)]
@@ -376,7 +385,7 @@ def _row(
     return (
         method,
         name,
-        f"{_spread(run.accuracy for run in own.values())} ({len(own)})",
+        _count([run.accuracy for run in own.values()]),
         _spread(run.selected for run in own.values()),
         "-" if reference or not paired else _difference(paired),
         _median(own, lambda run: run.obtuse, ".0f"),
@@ -385,6 +394,10 @@ def _row(
         _median(own, lambda run: run.null, ".0f"),
         _figure(paper),
     )
+
+
+def _count(values: Sequence[float]) -> str:
+    return f"{_spread(values)} ({len(values)})" if values else "-"
 
 
 def _spread(values: Iterable[float]) -> str:

@@ -496,9 +496,7 @@ def test_histograms_are_before_as_bars_after_as_stairs_and_the_null_as_a_line() 
             return min(BINS - 1, int(value / width + BINS / 2))
 
         heights = [one.get_height() for one in bars]
-        assert [place for place, one in enumerate(heights) if one] == [
-            place(value) for value in values[:2]
-        ]
+        assert np.flatnonzero(heights).tolist() == [place(one) for one in values[:2]]
         (stairs,) = (one for one in axes.patches if isinstance(one, StepPatch))
         steps, _, _ = stairs.get_data()
         assert np.flatnonzero(steps).tolist() == [place(values[2])]

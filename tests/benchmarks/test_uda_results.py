@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import SGD
 
 import ghopt
-from benchmarks.uda import plots, timing
+from benchmarks.uda import plots, timing, train
 from benchmarks.uda.__main__ import main, make_configs
 from benchmarks.uda.data import Task, batches
 from benchmarks.uda.methods import Losses, dann_losses
@@ -28,7 +28,7 @@ from benchmarks.uda.results import (
     write_results,
 )
 from benchmarks.uda.rules import RULES, find_rule
-from benchmarks.uda.steps import ALL_METHODS, METHODS, Config
+from benchmarks.uda.steps import ALL_METHODS, METHODS, Config, Step
 from benchmarks.uda.table import COLUMNS, format_table, verdict
 from benchmarks.uda.timing import time_ratios
 from benchmarks.uda.train import run
@@ -195,8 +195,14 @@ def test_the_plots_command_draws_what_a_folder_holds(
         with pytest.raises(SystemExit):
             plots.main(arguments)
         assert message in capsys.readouterr().err
+    path = tmp_path / "results.jsonl"
+    for text, message in (("", "has no run"), ("{", "Expecting"), ("{}\n", "missing")):
+        path.write_text(text)
+        with pytest.raises(SystemExit):
+            plots.main([str(tmp_path)])
+        assert message in capsys.readouterr().err
     runs = results(**{rule: [50.0, 51.0] for rule in RULES})
-    write_results(tmp_path / "results.jsonl", runs)
+    write_results(path, runs)
     plots.main([str(tmp_path)])
     assert (tmp_path / "cosines.png").exists()
 
@@ -263,6 +269,22 @@ def test_only_runs_of_the_sum_look_at_unrelated_gradients(task: Task) -> None:
     assert run(config(task, "DANN", "sum"), task).null
     assert not run(config(task, "DANN", "gh"), task).null
     assert not run(config(task, "source-only", "sum"), task).before
+
+
+def test_a_run_computes_where_its_task_is(
+    task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.device] = []
+
+    def make(_config: Config, networks: Networks, *_: object) -> Step:
+        seen.extend(parameter.device for parameter in networks.parameters())
+        return lambda batch, _: seen.extend(part.device for part in batch)
+
+    monkeypatch.setattr(train, "make_step", make)
+    monkeypatch.setattr(train, "test_error", lambda *_: 50.0)
+    run(config(task, "DANN", "sum"), task.to(torch.device("meta")))
+    assert len(seen) > 20
+    assert set(seen) == {torch.device("meta")}
 
 
 def test_the_last_evaluation_is_after_the_last_step(task: Task) -> None:

@@ -12,8 +12,13 @@ from benchmarks.uda.data import Batch, Split, Task, batches
 from benchmarks.uda.methods import domain_loss, warm_up
 from benchmarks.uda.networks import Networks, build_networks
 from benchmarks.uda.ssrt import (
+    CONFIDENT,
+    DROP,
+    FAINT,
+    FROM_CLEAN,
     INTERVAL,
     LAYERS,
+    LEVELS,
     OFFSET,
     REVERSAL,
     WEIGHT,
@@ -155,6 +160,17 @@ def literal_losses(
     return domain_loss(networks.discriminator(features)), refinement_loss(
         teacher, student
     )
+
+
+def test_the_constants_are_those_of_the_published_code() -> None:
+    assert (OFFSET, FROM_CLEAN, CONFIDENT, WEIGHT, REVERSAL) == (
+        0.3,
+        0.5,
+        0.4,
+        0.2,
+        0.1,
+    )
+    assert (INTERVAL, LEVELS, DROP, FAINT) == (1000, 4, 1.0, 0.1)
 
 
 def sharpen(networks: Networks) -> None:

@@ -315,22 +315,34 @@ def test_missing_data_is_named(
 
 
 def test_what_is_trained_is_where_it_was_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: Task
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    task: Task,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     given: list[torch.device] = []
 
     def note(task: Task, configs: list[Config], store: Path, _workers: int) -> None:
         given.append(task.target.device)
-        append_line(store, replace(run_of(), key=key_of(configs[0])))
+        for config in configs:
+            result = Result(config.settings(), [(0, 90.0)], [], [], [])
+            append_line(store, summarize(result, task.target.device))
 
     monkeypatch.setattr(table3, "train", note)
     monkeypatch.setattr(table3, "load_task", lambda *_, **__: task)
-    asked = ["--tasks", "usps-mnist", "--methods", "DANN", "--store"]
+    asked = ["--tasks", "usps-mnist", "--methods", "DANN", "--seeds", "1", "--store"]
     main([*asked, str(tmp_path / "a.jsonl")])
     main([*asked, str(tmp_path / "b.jsonl"), "--device", "meta"])
     assert given == [torch.device("cpu"), torch.device("meta")]
+    for name, device in (("a", "cpu"), ("b", "meta")):
+        main([*asked, str(tmp_path / f"{name}.jsonl"), "--device", device])
+    assert len(given) == 2
+    # Another device drops other units: no pairs are made with what the first has kept.
+    main([*asked, str(tmp_path / "a.jsonl"), "--device", "meta"])
+    assert given[2:] == [torch.device("meta")]
     with pytest.raises(SystemExit):
         main([*asked, str(tmp_path / "c.jsonl"), "--device", "abacus"])
+    assert "invalid value: abacus" in capsys.readouterr().err
 
 
 # The table.
@@ -402,11 +414,11 @@ def test_the_layout_of_the_paper_s_table_has_a_column_for_each_task() -> None:
             "paper",
         )
     ]
-    assert [line.split() for line in table[2:]] == [
-        ["source-only", "-", "40.0", "-", "-", "-", "-", "-"],
-        ["DANN", "sum", "-", "-", "70.0", "-", "-", "-"],
+    assert [" ".join(line.split()) for line in table[2:]] == [
+        "source-only - 40.0 (1) - - - - -",
+        "DANN sum - - 70.0 (1) - - -",
         # 96.75 is the mean of the paper's 96.8 and 96.7.
-        *[["MCD", "gh", "91.0", "+-", "1.4", "96.8", "80.0", "96.7", "85.5", "96.8"]],
+        "MCD gh 91.0 +- 1.4 (2) 96.8 80.0 (1) 96.7 85.5 96.8",
     ]
 
 
