@@ -104,13 +104,13 @@ def test_of_many_pairs_those_most_in_conflict_are_drawn() -> None:
 
 
 def test_the_cosine_map_shows_the_mean_cosine_of_each_pair() -> None:
-    axes = drawn(cosine_map, recording_of(pair(-0.5), pair(0.25)))
+    axes = drawn(cosine_map, recording_of(pair(-0.5), pair(0.26)))
     (image,) = axes.get_images()
     array = image.get_array()
     assert array is not None
-    expected = torch.tensor([[1, -0.125], [-0.125, 1]], dtype=torch.float64)
+    expected = torch.tensor([[1, -0.12], [-0.12, 1]], dtype=torch.float64)
     assert_close(torch.tensor(array.tolist(), dtype=torch.float64), expected)
-    assert [text.get_text() for text in axes.texts][1] == "-0.13"
+    assert [text.get_text() for text in axes.texts][1] == "-0.12"
     assert image.get_clim() == (-1, 1)
 
 
