@@ -39,6 +39,11 @@ Weighting: TypeAlias = Callable[[Tensor], Tensor]
 
 _MOST_ENUMERATED = 8  # 2**8 systems of 8 x 8 take under a millisecond
 
+# Of the cosines: the ridge under systems of nearly dependent gradients, and how often
+# its effect is taken away again. See _multipliers.
+_RIDGE = 1e-8
+_ROUNDS = 8
+
 
 def cosines(gramian: Tensor) -> Tensor:
     """Cosines of the angles between task gradients.
@@ -75,11 +80,15 @@ def gh_coefficients(gramian: Tensor) -> Tensor:
     PCGrad with the sum.
 
     Accuracy: at ``K = 2`` to rounding, relative to the harmonized gradients 1e-12 and
-    better at angles 1e-3 rad or more from opposite. For ``K > 2`` the error relative to
-    the gradients is about ``eps / s``, with ``s`` the smallest eigenvalue other than
-    zero of the cosines of any of the tasks, at most about 1e-7. Up to 8 tasks all active
-    sets are tried; beyond, 3 K steps of an active set method are taken (as many as
-    SciPy's NNLS), which for up to 32 tasks left no error above 1e-9 at ``s >= 1e-7``.
+    better at angles 1e-3 rad or more from opposite. For ``K > 2`` let ``s`` be the
+    smallest eigenvalue, other than zero, of the cosines of any of the tasks: gradients
+    that are an angle ``t`` from opposite, equal or dependent have ``s`` near ``t**2 / 2``.
+
+    * From ``s = 1e-7`` on the error is about ``eps / s``, relative to the gradients.
+    * Below, the direction fades, until it counts for nothing: float32 gradients that are
+      dependent on paper differ by ``s`` near 1e-14, and weights that resolve this would
+      be 1e7. So no multiplier exceeds ``3e4`` times the ratio of the lengths. Each
+      harmonized gradient then opposes a task by at most 3.6e-5 of its length before.
 
     Args:
         gramian: inner products of the gradients, shape ``[K, K]``.
@@ -127,9 +136,13 @@ def ghpp_coefficients(gramian: Tensor, lam: float = 0.5) -> Tensor:
     same part. A rule that took that part from rounding noise would return noise as
     large as the gradients.
 
-    Accuracy: relative to the harmonized gradients 1e-12 and better at angles 1e-3 rad or
-    more from opposite for the Gramian *as given*. One rounding of its entries already
-    moves the result by up to ``eps / sin(theta)**2``.
+    Accuracy: at ``K = 2``, relative to the harmonized gradients, 1e-12 and better at
+    angles 1e-3 rad or more from opposite for the Gramian *as given*. One rounding of its
+    entries already moves the result by up to ``eps / sin(theta)**2``. For ``K > 2`` the
+    error is about ``eps / s + min(sqrt(eps), eps / sqrt(p))``, with ``s`` as in
+    :func:`gh_coefficients` and ``p`` the smallest eigenvalue, other than zero, of the
+    cosines that are aimed at. The second part, 2e-8 at most, is that of the root of a
+    matrix whose entries are rounded.
 
     Args:
         gramian: inner products of the gradients, shape ``[K, K]``.
@@ -206,9 +219,8 @@ def _gh(gramian: Tensor) -> Tensor:
         coefficients = gramian.neg().clamp_(min=0).div_(squares).fill_diagonal_(1)
         return coefficients + _poison(gramian)
     matrix, scale = _rescaled(gramian)
-    enumerable = len(matrix) <= _MOST_ENUMERATED
-    multipliers = _enumerate(matrix) if enumerable else _pivot(matrix)
-    return _identity(matrix) + multipliers * (scale / scale[:, None]) + _poison(gramian)
+    rows = _multipliers(matrix)
+    return _identity(matrix) + rows * (scale / scale[:, None]) + _poison(gramian)
 
 
 def _ghpp(gramian: Tensor, lam: float) -> Tensor:
@@ -271,82 +283,123 @@ def _rescaled(gramian: Tensor) -> tuple[Tensor, Tensor]:
     return matrix.where(usable, _identity(matrix)), scale.where(some, 1)
 
 
-def _enumerate(matrix: Tensor) -> Tensor:
-    """Multipliers ``[K, K]`` of the projections on the dual cone, from all active sets.
+def _multipliers(matrix: Tensor) -> Tensor:
+    """Multipliers ``[K, K]`` of the projections on the dual cone.
 
-    Row ``i`` minimises ``|g_i + row @ J|`` over rows that are nowhere negative. Each of
-    the 2**K sets of tasks gives one candidate, which solves the problem iff it is not
-    negative and conflicts with no task. The least violation wins, so that rounding
-    cannot leave a task without a winner. Of an ill-conditioned set the inner products
-    inside it, zero in exact arithmetic, count too.
+    Row ``i`` minimises ``|g_i + row @ J|`` over rows that are nowhere negative. Where
+    gradients are nearly dependent that has huge solutions, or many. So each round
+    minimises ``|g_i + row @ J|^2 + _RIDGE |row - last|^2`` instead, for unit gradients,
+    with the row of the round before, from zero (proximal point method, Rockafellar
+    1976). This has one solution, which no order of the tasks changes. What the rounds
+    leave of a direction with eigenvalue ``s`` is ``(1 + s / _RIDGE) ** -_ROUNDS``: less
+    than rounding from s = 1e-7 on, and nearly all where rounding made the direction.
+
+    The bounds: the squared moves of a row add up to at most ``1 / _RIDGE`` and get no
+    longer, so the last is at most ``1 / sqrt(_RIDGE _ROUNDS)`` and all together
+    ``sqrt(_ROUNDS / _RIDGE)``; and the row opposes a task by ``_RIDGE`` times its last
+    move.
     """
-    identity = _identity(matrix)
-    tasks = torch.arange(len(matrix), device=matrix.device)
-    subsets = torch.arange(2 ** len(matrix), device=matrix.device)
-    active = (subsets[:, None] >> tasks & 1).bool()  # [2**K, K], the empty set first
-    rows = _solve(matrix, active, -matrix).mT  # [2**K, K, K]
-    products = (rows + identity) @ matrix
-    conflicts = products.abs().where(active[:, None], -products)
-    violation = torch.maximum(conflicts, -rows).amax(2).clamp(min=0)
-    # A task is never in its own set: its projection has a positive product with it.
-    # The first of equals wins, so the empty set where nothing conflicts.
-    best = violation.where(~active, torch.inf).argmin(0)
-    return rows[best, tasks].clamp(min=0)
-
-
-def _pivot(matrix: Tensor) -> Tensor:
-    """Give what :func:`_enumerate` gives, by Lawson and Hanson's method, rows at once.
-
-    Each step solves for the multipliers of every row's active set. Where some are not
-    positive, the row goes toward the solution until the first reaches zero and releases
-    that task; elsewhere it takes the solution and adds the task that it conflicts with
-    most. "Solving Least Squares Problems" (1974), chapter 23. Coordinate descent
-    (Hildreth) took as long for errors of 1e-4 to 0.5 on gradients near dependent.
-    """
-    info = torch.finfo(matrix.dtype)
-    identity = _identity(matrix)
+    ridge = _RIDGE * matrix.diagonal()
+    system = matrix + ridge.diag()
+    solve = _enumerated(system) if len(matrix) <= _MOST_ENUMERATED else _pivoted(system)
     rows = torch.zeros_like(matrix)
-    active = torch.zeros_like(matrix, dtype=torch.bool)
-    for _ in range(3 * len(matrix)):
-        target = _solve(matrix, active, -matrix[:, :, None])[:, :, 0]
-        blocked = active & (target <= 0)
-        free = ~blocked.any(1, keepdim=True)
-        reach = rows / (rows - target).clamp(min=info.tiny)
-        reach = reach.where(blocked, torch.inf)
-        step = reach.amin(1, keepdim=True)
-        rows = target.where(free, rows + step * (target - rows))
-        conflicts = -(rows + identity) @ matrix
-        conflicts = conflicts.masked_fill(active | (identity > 0), -torch.inf)
-        conflict, task = conflicts.max(1, keepdim=True)
-        # Less than this is noise, which grows with the multipliers.
-        noise = 4 * info.eps * (1 + rows.sum(1, keepdim=True))
-        entered = active.scatter(1, task, (conflict > noise) | active.gather(1, task))
-        before, active = active, entered.where(free, active & (reach > step))
-        rows = rows.where(active, 0)
-        # Where to ask is free: all further steps would repeat this one.
-        if matrix.device.type == "cpu" and torch.equal(before, active):
+    for _ in range(_ROUNDS):
+        before, rows = rows, solve(rows * ridge - matrix)
+        # To ask is free on the CPU. Where the rows move by rounding all is said.
+        if matrix.device.type == "cpu" and _is_close(before, rows):
             break
     return rows
 
 
-def _solve(matrix: Tensor, active: Tensor, right: Tensor) -> Tensor:
-    """Solve ``[B, K, R]`` for the active tasks of each row of ``[B, K]``, 0 elsewhere.
+def _is_close(before: Tensor, after: Tensor) -> bool:
+    eps = torch.finfo(after.dtype).eps
+    return bool(((after - before).abs() <= eps * after).all())
 
-    A ridge of the size of the rounding keeps the solution of a dependent set finite,
-    and small: one of 1e17 would hide any conflict behind its rounding. One step of
-    refinement takes its effect on the other sets away.
+
+def _enumerated(system: Tensor) -> Callable[[Tensor], Tensor]:
+    """Minimise ``row @ system @ row / 2 - right @ row`` over rows without a negative.
+
+    By trying all active sets, for few tasks. Each of the 2**K sets gives one candidate,
+    which solves the problem iff it is not negative and no slope outside of the set leads
+    down. The least violation wins, so that rounding cannot leave a task without a winner.
+
+    Args:
+        system: shape ``[K, K]``, positive definite.
+
+    Returns:
+        From the right sides of all rows, ``[K, K]``, to the rows.
     """
+    tasks = torch.arange(len(system), device=system.device)
+    subsets = torch.arange(2 ** len(system), device=system.device)
+    active = (subsets[:, None] >> tasks & 1).bool()  # [2**K, K], the empty set first
+    factors = _factors(system, active)
+
+    def solve(right: Tensor) -> Tensor:
+        inside = right.mT.where(active[:, :, None], 0)
+        rows = torch.linalg.lu_solve(*factors, inside).mT  # [2**K, K, K]
+        slopes = rows @ system - right
+        slopes = slopes.abs().where(active[:, None], -slopes)
+        violation = torch.maximum(slopes, -rows).amax(2).clamp(min=0)
+        # A task is never in its own set: its projection has a positive product with it.
+        # The first of equals wins, so the empty set where nothing conflicts.
+        best = violation.where(~active, torch.inf).argmin(0)
+        return rows[best, tasks].clamp(min=0)
+
+    return solve
+
+
+def _pivoted(system: Tensor) -> Callable[[Tensor], Tensor]:
+    """Do the same as :func:`_enumerated` by Lawson and Hanson's method, rows at once.
+
+    Each step solves for the multipliers of every row's active set. Where some are not
+    positive, the row goes toward the solution until the first reaches zero and releases
+    that task; elsewhere it takes the solution and adds the task that it conflicts with
+    most. "Solving Least Squares Problems" (1974), chapter 23. The next call starts where
+    the last one ended, so that few steps do.
+    """
+    info = torch.finfo(system.dtype)
+    own = _identity(system) > 0
+    rows = torch.zeros_like(system)
+    active = torch.zeros_like(own)
+    steps = 3 * len(system)  # as many as SciPy's NNLS takes
+
+    def solve(right: Tensor) -> Tensor:
+        nonlocal rows, active, steps
+        for _ in range(steps):
+            target = torch.linalg.lu_solve(
+                *_factors(system, active), right.where(active, 0)[:, :, None]
+            )[:, :, 0]
+            blocked = active & (target <= 0)
+            free = ~blocked.any(1, keepdim=True)
+            reach = rows / (rows - target).clamp(min=info.tiny)
+            reach = reach.where(blocked, torch.inf)
+            step = reach.amin(1, keepdim=True)
+            rows = target.where(free, rows + step * (target - rows))
+            conflicts = (right - rows @ system).masked_fill(active | own, -torch.inf)
+            conflict, task = conflicts.max(1, keepdim=True)
+            # Less than this is noise, which grows with the multipliers.
+            noise = 4 * info.eps * (1 + rows.sum(1, keepdim=True))
+            entered = active.scatter(
+                1, task, (conflict > noise) | active.gather(1, task)
+            )
+            before, active = active, entered.where(free, active & (reach > step))
+            rows = rows.where(active, 0)
+            # Where to ask is free: all further steps would repeat this one.
+            if system.device.type == "cpu" and torch.equal(before, active):
+                break
+        steps = 4 + len(system) // 4
+        return rows
+
+    return solve
+
+
+def _factors(system: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
+    """Factor the systems ``[B, K, K]`` of the active tasks of each row of ``[B, K]``."""
     inside = active[:, :, None] & active[:, None]
-    ridge = 2 * len(matrix) * torch.finfo(matrix.dtype).eps
-    system = matrix.where(inside, 0)
-    diagonal = torch.where(active, ridge, 1.0).to(matrix)
+    outside = torch.diag_embed((~active).to(system))
     # The _ex functions do not wait for the device to report singular systems.
-    factors, pivots, _ = torch.linalg.lu_factor_ex(system + torch.diag_embed(diagonal))
-    right = right.where(active[:, :, None], 0).expand(len(active), -1, -1)
-    solution: Tensor = torch.linalg.lu_solve(factors, pivots, right)
-    residual = right - system @ solution
-    solution += torch.linalg.lu_solve(factors, pivots, residual)
-    return solution
+    factors, pivots, _ = torch.linalg.lu_factor_ex(system.where(inside, 0) + outside)
+    return factors, pivots
 
 
 def _rotation(
@@ -412,7 +465,9 @@ def _frame(matrix: Tensor, scale: Tensor, resolution: float) -> Tensor:
     values, vectors = torch.linalg.eigh(cosines.clamp(min=0))
     lowest = values[0].clamp(max=0)
     shrink = lowest / (lowest - 1)  # makes the lowest eigenvalue zero, if negative
-    values = (values + shrink * (1 - values)).clamp(min=0)
+    values = values + shrink * (1 - values)
+    # A root of the rounding of an eigenvalue that is zero would be 1e8 times as large.
+    values = values.where(values > len(matrix) * torch.finfo(matrix.dtype).eps, 0)
     allowed_root = (vectors * values.sqrt()) @ vectors.mT
     values, vectors = torch.linalg.eigh(cosines)
     # sin(theta)**2 / 2 is the lowest eigenvalue of two nearly opposite unit gradients.

@@ -654,7 +654,8 @@ class HarmonizedOptimizer(Optimizer):
             hook(found, gramian_of)
         self._progress.last = found
         made = deferral.combine(weights) if deferral else {}
-        sums = zip(shared, combine(gradients, weights), strict=True)
+        summed = combine(gradients, weights, products)
+        sums = zip(shared, summed, strict=True)
         return [made.get(parameter, total) for parameter, total in sums]
 
 

@@ -253,6 +253,12 @@ def span(jacobian: Tensor) -> float:
     return least
 
 
+def aimed_span(jacobian: Tensor) -> float:
+    """Return the smallest eigenvalue, not zero, of the cosines that GH++ aims at."""
+    values = mp.eigsy(clipped_cosines(jacobian), eigvals_only=True)
+    return float(min(value for value in values if value > NOTHING))
+
+
 def _frame(jacobian: Tensor) -> Real:
     """Return the unit gradients as columns; a zero one gets a dimension of its own."""
     rows = vectors(jacobian)
