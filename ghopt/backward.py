@@ -6,20 +6,18 @@ and skips hooks. With ``.grad`` None before a pass, autograd hands its own tenso
 so collecting the gradients copies nothing.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ghopt.distributed import Ranks, local, placed_as
-from ghopt.geometry import Weighting
+from ghopt.geometry import Weighting, gh
 from ghopt.gradients import gramian
-
-Losses: TypeAlias = Mapping[str, Tensor] | Iterable[Tensor] | Tensor
-"""One scalar per task: a mapping from names, an iterable, or a 1-D tensor."""
+from ghopt.losses import Losses, named_losses, weighted_sum
 
 BackwardFn: TypeAlias = Callable[..., object]
 """What runs one pass: called as ``backward_fn(loss, retain_graph=...)``."""
@@ -28,85 +26,42 @@ Collected: TypeAlias = dict[Tensor, Tensor]
 """Gradients of one task by parameter; parameters that it does not reach are absent."""
 
 
-def named_losses(losses: Losses) -> dict[str, Tensor]:
-    """Check the losses of one step and name those that came without a name 0, 1, ...
+def check_weighting(weighting: object) -> None:
+    """Refuse what maps something else than a Gramian to something else than weights.
 
     Raises:
-        TypeError: if ``losses`` is nothing to iterate over, or a loss is no tensor.
-        ValueError: if there is no loss, a loss is not a real scalar, or no loss
-            requires grad.
+        TypeError: if ``weighting`` is not callable, or an aggregator of TorchJD, which
+            maps a Jacobian ``[K, N]`` to a gradient ``[N]``: with a Gramian it runs, too.
     """
-    if isinstance(losses, Tensor):
-        if losses.dim() != 1:
-            shape = list(losses.shape)
-            raise ValueError(f"losses as one tensor must be 1-D, got shape {shape}")
-        losses = losses.unbind()
-    if isinstance(losses, Mapping):
-        named = {str(name): loss for name, loss in losses.items()}
-        if len(named) != len(losses):
-            raise ValueError(f"losses must have distinct names, got {[*losses]}")
-    elif isinstance(losses, Iterable):
-        named = {str(task): loss for task, loss in enumerate(losses)}
-    else:
-        raise TypeError(f"losses must be a mapping or iterable, got {type(losses)}")
-    if not named:
-        raise ValueError("losses must hold at least one loss, got none")
-    for name, loss in named.items():
-        if not isinstance(loss, Tensor):
-            raise TypeError(f"losses[{name!r}] must be a tensor, got {type(loss)}")
-        if loss.numel() != 1 or not loss.is_floating_point():
-            given = f"shape {list(loss.shape)} and dtype {loss.dtype}"
-            raise ValueError(f"losses[{name!r}] must be a real scalar, got {given}")
-    if not any(loss.requires_grad for loss in named.values()):
-        raise ValueError(f"losses must require grad, got none that does in {[*named]}")
-    return named
-
-
-def as_in_total(losses: Mapping[str, Tensor], total: Tensor) -> dict[str, Tensor]:
-    """Give each loss the factor with which it enters a total: d total / d loss.
-
-    For frameworks that want one scalar, and scale or divide it before the backward pass.
-
-    Args:
-        losses: scalars. None computed from another, and the total from nothing else
-            that requires grad: what else is in it has no gradient then.
-        total: scalar computed from them.
-
-    Raises:
-        TypeError: if ``total`` is no tensor.
-        ValueError: if it is no scalar that requires grad, a loss does not enter it, or
-            two losses are the same tensor.
-    """
-    if not isinstance(total, Tensor):
-        raise TypeError(f"total must be a tensor, got {type(total)}")
-    if total.numel() != 1 or not total.requires_grad:
-        given = f"shape {list(total.shape)}, requires_grad={total.requires_grad}"
-        raise ValueError(f"total must be a scalar that requires grad, got {given}")
-    live = {name: loss for name, loss in losses.items() if loss.requires_grad}
-    if len({id(loss) for loss in live.values()}) < len(live):
-        raise ValueError(f"losses in a total must be distinct tensors, got {[*live]}")
-    factors = torch.autograd.grad(
-        total, list(live.values()), retain_graph=True, allow_unused=True
-    )
-    scaled = dict(losses)
-    for (name, loss), factor in zip(live.items(), factors, strict=True):
-        if factor is None:
-            raise ValueError(f"total must contain losses[{name!r}], got one without it")
-        scaled[name] = loss * factor
-    return scaled
+    if not callable(weighting):
+        raise TypeError(f"weighting must be callable, got {weighting!r}")
+    kinds = {
+        kind.__name__
+        for kind in type(weighting).__mro__
+        if kind.__module__.startswith("torchjd.")
+    }
+    if "Aggregator" in kinds:
+        name = type(weighting).__name__
+        raise TypeError(
+            f"weighting must map a Gramian to weights, got the aggregator {name}(): pass "
+            f"{name}Weighting()"
+        )
 
 
 def weigh(weighting: Weighting, gramian: Tensor) -> Tensor:
     """Apply a weighting and check what it returns.
 
     Returns:
-        Weights, shape ``[K]``, float64 and detached, on the device of the Gramian.
+        Weights, shape ``[K]``, float64 and detached, on the device of the Gramian, in
+        memory of their own: ranks write the weights of the first rank to it.
 
     Raises:
-        TypeError: if ``weighting`` returns no tensor.
+        TypeError: if ``weighting`` returns no tensor, or is none: see
+            :func:`check_weighting`.
         ValueError: if it returns another shape than ``[K]``, complex numbers or
             integers, or weights on another device or that require grad.
     """
+    check_weighting(weighting)
     with torch.no_grad():
         weights = weighting(gramian)
     if not isinstance(weights, Tensor):
@@ -122,13 +77,7 @@ def weigh(weighting: Weighting, gramian: Tensor) -> Tensor:
         raise ValueError(
             "weighting must return weights without grad, got requires_grad"
         )
-    return weights.to(gramian)
-
-
-def weighted_sum(losses: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """Sum scalars with constant weights ``[K]``, each in its dtype."""
-    pairs = zip(weights.unbind(), losses, strict=True)
-    return torch.stack([w.to(loss) * loss.reshape(()) for w, loss in pairs]).sum()
+    return weights.to(gramian, copy=True)
 
 
 @contextmanager
@@ -167,6 +116,52 @@ def out_of_reach(grads: Iterable[Tensor | None]) -> Iterator[None]:
                 view.copy_(value)
 
 
+@contextmanager
+def _left_alone(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Refuse passes that use up the gradients which they make.
+
+    Some train without keeping gradients: an optimizer per parameter steps in a hook,
+    inside the backward pass. Then the pass of the first task trains on its gradient alone,
+    and those of the others meet other parameters.
+
+    Raises:
+        RuntimeError: if a parameter has changed, or a hook took its gradient away.
+    """
+    versions = [parameter._version for parameter in parameters]
+    taken: list[Tensor] = []
+
+    def note(parameter: Tensor) -> None:
+        if parameter.grad is None:
+            taken.append(parameter)
+
+    handles = [
+        parameter.register_post_accumulate_grad_hook(note)  # type: ignore[no-untyped-call]  # torch's
+        for parameter in parameters
+        if parameter._post_accumulate_grad_hooks
+    ]
+
+    def check(error: Exception | None = None) -> None:
+        for place, (p, version) in enumerate(zip(parameters, versions, strict=True)):
+            if p._version == version and not any(p is one for one in taken):
+                continue
+            what = "changed" if p._version != version else "lost its gradient to a hook"
+            raise RuntimeError(
+                f"a parameter, number {place} of shape {list(p.shape)}, {what} during the "
+                "backward passes of the tasks: an optimizer that steps inside backward "
+                "(optimizer-in-backward) cannot be harmonized; take its hooks away"
+            ) from error
+
+    try:
+        yield
+    except Exception as error:
+        check(error)
+        raise
+    finally:
+        for handle in handles:
+            handle.remove()
+    check()
+
+
 def collect(
     losses: Sequence[Tensor],
     parameters: Sequence[Tensor],
@@ -196,6 +191,32 @@ def collect(
             next ones run, and at last those of ``summed`` and ``outside``.
         outside: parameters other than these.
     """
+    with _left_alone([*parameters, *summed]):
+        averages = _run_all(
+            losses, parameters, summed, collected, retain_graph, backward_fn, ranks
+        )
+    beside = [*summed, *outside]
+    if ranks is None or not beside:
+        sums = {}
+    else:
+        sums = {p: p.grad for p in beside if p.grad is not None}
+        averages.append(ranks.average(sums, of_all_tasks=True))
+    for end in averages:
+        end()
+    for parameter, mean in sums.items():
+        parameter.grad = mean
+
+
+def _run_all(
+    losses: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    summed: Sequence[Tensor],
+    collected: Sequence[Collected],
+    retain_graph: bool,
+    backward_fn: BackwardFn | None,
+    ranks: Ranks | None,
+) -> list[Callable[[], None]]:
+    """Run the passes of :func:`collect`; give what waits for the averages."""
     last = max(task for task, loss in enumerate(losses) if loss.requires_grad)
     places: set[tuple[int, int]] = set()
     apart = {parameter for parameter in summed if parameter.grad is not None}
@@ -216,16 +237,7 @@ def collect(
                     apart.add(parameter)
         if ranks is not None:
             averages.append(ranks.average(gradients))
-    beside = [*summed, *outside]
-    if ranks is None or not beside:
-        sums = {}
-    else:
-        sums = {p: p.grad for p in beside if p.grad is not None}
-        averages.append(ranks.average(sums, of_all_tasks=True))
-    for end in averages:
-        end()
-    for parameter, mean in sums.items():
-        parameter.grad = mean
+    return averages
 
 
 def _run(loss: Tensor, retain_graph: bool, backward_fn: BackwardFn | None) -> None:
@@ -236,6 +248,13 @@ def _run(loss: Tensor, retain_graph: bool, backward_fn: BackwardFn | None) -> No
         else:
             loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]  # torch's
     except RuntimeError as error:
+        if "backward through the graph a second time" in str(error):
+            raise RuntimeError(
+                "the graph of these losses is gone: a backward pass ran through it before, "
+                "as loss.backward() or an earlier backward([...]). Drop that call: with "
+                "retain_graph=True its plain gradient would be added to the harmonized "
+                "one. If you want both, keep the graph there. torch says: " + str(error)
+            ) from error
         # A model compiled when its graph was not kept has its backward pass write into
         # what the forward pass saved, which a second pass would need.
         if "donated buffers" not in str(error):
@@ -266,7 +285,7 @@ def _own(gradient: Tensor, parameter: Tensor, places: set[tuple[int, int]]) -> T
 
 
 def harmonized_loss(
-    losses: Losses, params: Iterable[Tensor], weighting: Weighting
+    losses: Losses, params: Iterable[Tensor], weighting: Weighting = gh
 ) -> Tensor:
     """Sum the losses with the weights of a rule: the equivalent model (eq. 44 and 45).
 
@@ -286,20 +305,36 @@ def harmonized_loss(
 
     Args:
         losses: one scalar per task, as for ``HarmonizedOptimizer.backward``.
-        params: parameters over which the Gramian is taken.
+        params: parameters over which the Gramian is taken. One that is given twice
+            counts once.
         weighting: from a Gramian, shape ``[K, K]``, to weights, shape ``[K]``.
 
     Returns:
         Scalar with the graph of all losses.
 
     Raises:
-        TypeError: as :func:`named_losses` and :func:`weigh` do.
+        TypeError: as :func:`named_losses` and :func:`weigh` do, or if ``params`` are
+            no parameters.
         ValueError: likewise, or if no loss reaches any of ``params``.
     """
     tasks = list(named_losses(losses).values())
-    wanted = [param for param in params if param.requires_grad]
+    wanted = trained(params)
     products = gramian(task_gradients(tasks, wanted))
     return weighted_sum(tasks, weigh(weighting, products))
+
+
+def trained(params: Iterable[Tensor]) -> list[Tensor]:
+    """List the parameters that require grad, each once.
+
+    Raises:
+        TypeError: if ``params`` are no parameters.
+    """
+    if isinstance(params, nn.Module | Tensor) or not isinstance(params, Iterable):
+        raise TypeError(
+            f"params must be an iterable of parameters, got {type(params)}: pass "
+            "model.parameters()"
+        )
+    return list(dict.fromkeys(param for param in params if param.requires_grad))
 
 
 def task_gradients(

@@ -24,9 +24,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ghopt.backward import Losses, named_losses, task_gradients, weigh
+from ghopt.backward import task_gradients, trained, weigh
 from ghopt.geometry import Weighting, cosines, gh
 from ghopt.gradients import gramian, gramian_over
+from ghopt.losses import Losses, named_losses
 from ghopt.optimizer import GramianOf, Harmonization, HarmonizedOptimizer
 
 Layers: TypeAlias = nn.Module | Mapping[str, Iterable[Tensor]]
@@ -143,7 +144,7 @@ class Recording:
         """
         count, tasks = weights.shape
         slopes = self._times(weights)
-        extended = torch.zeros(count, tasks + 1, tasks + 1, dtype=torch.float64)
+        extended = slopes.new_zeros(count, tasks + 1, tasks + 1)
         extended[:, :tasks, :tasks] = self.gramians
         extended[:, tasks, :tasks] = extended[:, :tasks, tasks] = slopes
         # Its square, which rounding may leave below zero.
@@ -293,7 +294,7 @@ class Recorder:
     steps to the same two tensors.
 
     A recorder can be pickled with what it holds; attach it again after loading. A weighting
-    must not return the same tensor twice, or write to its argument: what is kept is theirs.
+    must not write to its argument, which is kept.
 
     Args:
         size: number of steps that it holds at most; with more, the oldest are lost.
@@ -303,15 +304,35 @@ class Recorder:
         lost: how many of them were overwritten before a flush.
 
     Raises:
+        TypeError: if ``size`` is no whole number.
         ValueError: if ``size`` is less than 1.
     """
 
     def __init__(self, size: int = 4096) -> None:
+        if isinstance(size, torch.optim.Optimizer):
+            raise TypeError(
+                "size must be an int, got an optimizer: make a Recorder(), then "
+                "recorder.attach(optimizer)"
+            )
+        if not isinstance(size, int):
+            raise TypeError(f"size must be an int, got {size!r}")
         if size < 1:
             raise ValueError(f"size must be at least 1, got {size}")
         self.count = 0
         self.lost = 0
         self._steps: deque[_Step] = deque(maxlen=size)
+        self._attached: weakref.WeakKeyDictionary[HarmonizedOptimizer, int] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Give what a copy needs: it is attached to nothing."""
+        return {k: v for k, v in self.__dict__.items() if k != "_attached"}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        """Take what :meth:`__getstate__` gave."""
+        self.__dict__.update(state)
+        self._attached = weakref.WeakKeyDictionary()
 
     def attach(
         self, optimizer: HarmonizedOptimizer, *, layers: Layers | None = None
@@ -330,8 +351,22 @@ class Recorder:
             A handle whose ``remove()`` ends the recording.
 
         Raises:
-            TypeError: if a layer is a tensor, not some tensors.
+            TypeError: if ``optimizer`` is no harmonized one, or a layer is a tensor, not
+                some tensors.
+            ValueError: if the recorder is attached to this optimizer already: each step
+                would be recorded twice.
         """
+        if not isinstance(optimizer, HarmonizedOptimizer):
+            raise TypeError(
+                f"optimizer must be a HarmonizedOptimizer, got {type(optimizer)}; a model "
+                "goes into layers=, a plain loop uses measure(..., recorder=recorder)"
+            )
+        if self._attached.get(optimizer) in optimizer._harmonize_hooks:
+            raise ValueError(
+                "optimizer must not be attached twice, got one that this recorder records "
+                "already: call remove() on the handle of the first attach(), or make a "
+                "new optimizer and Recorder"
+            )
         groups = _listed(layers)
         # Not the optimizer itself, which holds this hook: both would outlive their use.
         owner = weakref.ref(optimizer)
@@ -343,7 +378,9 @@ class Recorder:
             rate = rate.detach().clone() if isinstance(rate, Tensor) else rate
             self.record(found, rate=rate, layers=_over(groups, gramian_of))
 
-        return optimizer.register_harmonize_hook(hook)
+        handle = optimizer.register_harmonize_hook(hook)
+        self._attached[optimizer] = handle.id
+        return handle
 
     def record(
         self,
@@ -404,13 +441,13 @@ def measure(
         What ``backward`` of an optimizer with these parameters would find and do.
 
     Raises:
-        TypeError: if ``losses`` is not iterable, a loss is no tensor, or the weighting
-            returns none.
+        TypeError: if ``losses`` is not iterable, a loss is no tensor, ``params`` are no
+            parameters, or the weighting returns no tensor.
         ValueError: if ``losses`` or what the weighting returns is not as described, or
             no loss reaches any of ``params``.
     """
     named = named_losses(losses)
-    wanted = list(dict.fromkeys(param for param in params if param.requires_grad))
+    wanted = trained(params)
     rows = task_gradients(list(named.values()), wanted)
     products = gramian(rows)
     found = Harmonization(tuple(named), products, weigh(weighting, products))
@@ -507,34 +544,38 @@ def _stack(steps: list[_Step]) -> Recording:
     def stacked(tensors: Iterable[Tensor], *shape: int) -> Tensor:
         found = [*tensors]
         if not found:
-            return torch.zeros(0, *shape, dtype=torch.float64)
+            return torch.zeros(0, *shape, dtype=torch.float64, device="cpu")
         # Stacked where they are: one transfer and one wait, not one per step.
         return torch.stack(found).to("cpu", torch.float64)
 
     names, layers = (steps[0].names, steps[0].layers) if steps else ((), {})
     return Recording(
         names=names,
-        steps=torch.tensor([step.number for step in steps], dtype=torch.int64),
+        steps=torch.tensor(
+            [step.number for step in steps], dtype=torch.int64, device="cpu"
+        ),
         gramians=stacked((step.gramian for step in steps), 0, 0),
         weights=stacked((step.weights for step in steps), 0),
         rates=stacked(
-            torch.as_tensor(step.rate, dtype=torch.float64).reshape(())
+            step.rate.double().reshape(())
+            if isinstance(step.rate, Tensor)
+            else torch.tensor(step.rate, dtype=torch.float64, device="cpu")
             for step in steps
         ),
         layers={name: stacked(step.layers[name] for step in steps) for name in layers},
-        present=torch.ones(len(steps), len(names), dtype=torch.bool),
+        present=torch.ones(len(steps), len(names), dtype=torch.bool, device="cpu"),
     )
 
 
 def _spread(values: Tensor, names: tuple[str, ...], among: tuple[str, ...]) -> Tensor:
     """Bring values by task, ``[n, k]`` or ``[n, k, k]``, to the places of more tasks."""
-    places = torch.tensor([among.index(name) for name in names], dtype=torch.int64)
+    places = [among.index(name) for name in names]
     shape = [len(values)] + [len(among)] * (values.dim() - 1)
     spread = values.new_full(shape, math.nan)
     if values.dim() == 2:
         spread[:, places] = values
     else:
-        spread[:, places[:, None], places] = values
+        spread[:, [[place] for place in places], places] = values
     return spread
 
 
@@ -557,7 +598,7 @@ def _read(line: dict[str, Any]) -> _Step:
 
 def _tensor(values: Any, *shape: int) -> Tensor:
     """Make a tensor of nested lists, null becoming NaN."""
-    tensor = torch.tensor(_with_nan(values), dtype=torch.float64)
+    tensor = torch.tensor(_with_nan(values), dtype=torch.float64, device="cpu")
     if tensor.shape != shape:
         raise ValueError(f"expected shape {list(shape)}, got {list(tensor.shape)}")
     return tensor

@@ -11,22 +11,28 @@ import hashlib
 import sys
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, Union
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeGuard, TypeVar, Union
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from ghopt.losses import leaves
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.distributed_c10d import Store
     from torch.distributed.tensor import DTensor
 
-SyncGroup: TypeAlias = Union["ProcessGroup", DistributedDataParallel, bool]
-"""Ranks to average over: a group, that of a DDP model, or True for the default one."""
+SyncGroup: TypeAlias = Union[
+    "ProcessGroup", DistributedDataParallel, Sequence[DistributedDataParallel], bool
+]
+"""Ranks to average over: a group, that of one or more DDP models, or True for the default
+one."""
 
 # Gradients of this many elements travel by themselves and in place, shorter ones packed
 # to messages of up to _PACK bytes, as in DDP: a message costs as much as many kB.
@@ -35,115 +41,277 @@ _PACK = 25 * 2**20
 
 _CURE = (
     "run the forward pass and backward() inside `with model.no_sync():`, and pass "
-    "sync_group=model to backward()"
+    "sync_group=model to backward(), or sync_group=[one, other] for several models"
 )
+
+_T = TypeVar("_T")
 
 # How many synchronised calls this process has begun with a group.
 _calls: "weakref.WeakKeyDictionary[ProcessGroup, int]" = weakref.WeakKeyDictionary()
+
+
+def models_of(sync_group: SyncGroup | None) -> list[DistributedDataParallel]:
+    """List the DDP models that are given as ``sync_group``.
+
+    Raises:
+        TypeError: if it is a list that holds something else.
+        ValueError: if it is an empty list.
+    """
+    if isinstance(sync_group, DistributedDataParallel):
+        return [sync_group]
+    if not isinstance(sync_group, list | tuple):
+        return []
+    for model in sync_group:
+        if not isinstance(model, DistributedDataParallel):
+            kind = type(model)
+            raise TypeError(f"sync_group must hold DDP models only, got {kind} in it")
+    if not sync_group:
+        raise ValueError("sync_group must hold a DDP model, got an empty list")
+    return list(sync_group)
 
 
 def process_group(sync_group: SyncGroup) -> "ProcessGroup":
     """Find the process group that is meant, and refuse what would go wrong.
 
     Raises:
-        TypeError: if ``sync_group`` is no DDP model, not True and no group of which
-            this rank is a member.
-        ValueError: if there is no default group, or the model has ``static_graph``.
+        TypeError: if ``sync_group`` is no DDP model, no list of them, not True and no
+            group of which this rank is a member.
+        ValueError: if there is no default group, a model has ``static_graph``, or the
+            models are of several groups.
     """
-    if isinstance(sync_group, DistributedDataParallel):
-        if sync_group.static_graph:
+    models = models_of(sync_group)
+    if any(model.static_graph for model in models):
+        raise ValueError(
+            "sync_group must be a DDP model with static_graph=False, got True: "
+            "it allows one backward pass for each forward pass"
+        )
+    if models:
+        first: ProcessGroup = models[0].process_group
+        if any(model.process_group != first for model in models):
             raise ValueError(
-                "sync_group must be a DDP model with static_graph=False, got True: "
-                "it allows one backward pass for each forward pass"
+                "sync_group must hold DDP models of one process group, got several groups"
             )
-        return sync_group.process_group
+        return first
     if not (dist.is_available() and dist.is_initialized()):
         given = f"got {sync_group!r} without"
         raise ValueError(f"sync_group needs init_process_group(), {given}")
-    group = dist.group.WORLD if sync_group is True else sync_group
+    group: object = dist.group.WORLD if sync_group is True else sync_group
     if not isinstance(group, dist.ProcessGroup):
         kind = type(group)
         raise TypeError(
-            f"sync_group must be a DDP model, a group of this rank or True, got {kind}"
+            "sync_group must be a DDP model, a list of them, a group of this rank or "
+            f"True, got {kind}"
         )
     return group
 
 
-def beside(sync_group: SyncGroup | None, parameters: Iterable[Tensor]) -> list[Tensor]:
-    """List what else a DDP model trains, beside these parameters."""
-    if not isinstance(sync_group, DistributedDataParallel):
-        return []
+def also_trained(
+    models: Iterable[DistributedDataParallel], parameters: Iterable[Tensor]
+) -> list[Tensor]:
+    """List what else DDP models train, beside these parameters."""
     known = set(parameters)
-    trained = (p for p in sync_group.parameters() if p.requires_grad)
-    return [parameter for parameter in trained if parameter not in known]
+    trained = (p for model in models for p in model.parameters() if p.requires_grad)
+    return list(dict.fromkeys(p for p in trained if p not in known))
 
 
-def ddp_models(
-    parameters: Iterable[Tensor],
-) -> list[weakref.ref[DistributedDataParallel]]:
-    """Search the process for the DDP models of these parameters.
+class Living(Generic[_T]):
+    """The objects of a class that live in this process, as last searched for.
 
-    For :func:`check_replicas`. Takes as long as Python's garbage collection, some
-    ten milliseconds. There is no other way: the hooks by which DDP learns of a gradient
-    cannot be seen from the parameter. Not found is what ``gc.freeze`` has hidden.
+    A search takes as long as Python's garbage collection, some ten milliseconds, so it is
+    done in calls 1, 2, 4, 8 and so on. ``gc.freeze`` hides objects from it.
     """
-    wanted = set(parameters)
-    return [
-        weakref.ref(found)
-        for found in gc.get_objects()
-        # Of the type: an object may lie about its class, or warn when asked for it.
-        if issubclass(type(found), DistributedDataParallel)
-        and not wanted.isdisjoint(found.parameters())
-    ]
+
+    def __init__(self, kind: type[_T]) -> None:
+        self._kind = kind
+        self._calls = 0
+        self._found: list[weakref.ref[_T]] = []
+
+    def __call__(self) -> list[_T]:
+        """List them."""
+        self._calls += 1
+        if self._calls & (self._calls - 1) == 0:
+            self._found = [
+                weakref.ref(found)
+                for found in gc.get_objects()
+                # Of the type: an object may lie about its class, or warn when asked.
+                if issubclass(type(found), self._kind)
+            ]
+        found = (reference() for reference in self._found)
+        return [one for one in found if one is not None]
 
 
-def check_replicas(
-    models: Iterable[weakref.ref[DistributedDataParallel]],
-    *,
-    averaged: bool,
-    unasked: bool,
-) -> None:
-    """Refuse several passes through DDP models that would not average them all.
+class Replicas:
+    """Whether DDP models of this process would train other replicas on every rank.
 
-    torch raises if the tasks reach different parameters. If they reach the same ones the
-    later passes stay local, and the ranks drift apart without an error.
+    torch raises if several passes reach different parameters of a model. If they reach
+    the same ones the later passes stay local, and the ranks drift apart without an error.
+
+    The process is searched for the models, of which any may be wrapped later: the hooks by
+    which DDP learns of a gradient cannot be seen from the parameter.
+    """
+
+    def __init__(self) -> None:
+        self._models = Living(DistributedDataParallel)
+
+    def check(
+        self,
+        parameters: Iterable[Tensor],
+        losses: Iterable[Tensor],
+        sync_group: SyncGroup | None,
+        *,
+        accumulate_only: bool,
+    ) -> bool:
+        """Refuse losses whose gradients would not all be averaged, once each.
+
+        Args:
+            parameters: those of the optimizer.
+            losses: each will have a backward pass of its own.
+            sync_group: as for ``backward``.
+            accumulate_only: nothing is averaged in this call.
+
+        Returns:
+            Whether the gradients are those of this rank alone, and nobody has said that
+            they shall stay so.
+
+        Raises:
+            RuntimeError: if the last forward pass of a model prepared for one pass, and
+                there are more; or for none, and this call does not average it.
+            ValueError: if the parameters of a model are shards.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            return False
+        known, given = set(parameters), models_of(sync_group)
+        reached: list[set[Tensor]] | None = None
+        alone = False
+        for model in self._find():
+            is_ours = not known.isdisjoint(model.parameters())
+            others = set() if model in given else {*also_trained([model], known)}
+            if is_ours:
+                _refuse_shards(model)
+                if model.require_forward_param_sync:
+                    raise RuntimeError(
+                        "losses need one backward pass each, but the DDP model of these "
+                        f"parameters averages the first one only: {_CURE}"
+                    )
+            if others:
+                if reached is None:
+                    reached = [{*leaves(loss)} for loss in losses if loss.requires_grad]
+                passes = sum(not others.isdisjoint(found) for found in reached)
+            else:
+                passes = 0
+            if model.require_forward_param_sync:
+                if passes > 1:
+                    raise RuntimeError(
+                        f"losses reach {_name(model)}, a DDP model beside this optimizer, "
+                        f"in {passes} backward passes, of which it averages the first one "
+                        f"only: {_CURE}"
+                    )
+                continue
+            if model.process_group.size() == 1 or sync_group is False:
+                continue
+            if is_ours and sync_group is None:
+                alone = True
+                if not accumulate_only:
+                    raise RuntimeError(
+                        "losses would give other gradients on every rank, since the DDP "
+                        "model of these parameters last ran inside no_sync(): pass "
+                        "sync_group=model to backward(), or sync_group=False if you "
+                        "average them yourself"
+                    )
+            if passes and not accumulate_only:
+                raise RuntimeError(
+                    f"losses reach parameters of {_name(model)}, a DDP model that last ran "
+                    "inside no_sync(), which are not in this optimizer: nobody would "
+                    "average them. Pass sync_group=[...] to backward() with every model "
+                    "that the losses reach, or sync_group=False if you average them "
+                    "yourself"
+                )
+            alone = alone or (bool(passes) and sync_group is None)
+        return alone
+
+    def _find(self) -> list[DistributedDataParallel]:
+        """List the models that have run, but for one in the middle of its forward pass.
+
+        Lightning calls training_step, and that backward, there, and prepares each
+        backward pass by itself.
+        """
+        active = DistributedDataParallel._active_ddp_module
+        # Until it has run a model claims to be armed (require_forward_param_sync).
+        return [m for m in self._models() if m is not active and m._lazy_init_ran]
+
+
+def _name(model: DistributedDataParallel) -> str:
+    return type(model.module).__name__
+
+
+def _refuse_shards(model: DistributedDataParallel) -> None:
+    mesh = getattr(model, "device_mesh", None)
+    if mesh is not None and mesh._get_root_mesh() != mesh:
+        raise ValueError(
+            "parameters must not be shards that DDP has made plain tensors of: "
+            "leave DDP out and pass the data-parallel group as sync_group"
+        )
+
+
+def agree_on_passes(parameters: Iterable[Tensor], losses: Mapping[str, Tensor]) -> None:
+    """See that all ranks of sharded parameters will run the same backward passes.
+
+    Each pass gathers and scatters: a rank that skips one, since its loss does not require
+    grad, lets the others wait. One small message to each mesh axis. Where the group has
+    no CPU backend the host waits for the device.
 
     Args:
-        models: what :func:`ddp_models` found.
-        averaged: whether :class:`Ranks` will average the passes.
-        unasked: whether nobody has said that they shall stay as they are.
+        parameters: nothing is sent unless there are DTensors on a mesh of several ranks.
+        losses: of this rank, by name.
 
     Raises:
-        RuntimeError: if the last forward pass of a model prepared for one pass; or for
-            none, with several ranks, not ``averaged`` and ``unasked``.
-        ValueError: if the parameters of a model are shards.
+        ValueError: if the ranks differ.
     """
-    for reference in models:
-        model = reference()
-        # Lightning calls training_step, and that backward, in the middle of a forward
-        # pass, and prepares each backward pass by itself.
-        if model is None or DistributedDataParallel._active_ddp_module is model:
-            continue
-        mesh = getattr(model, "device_mesh", None)
-        if mesh is not None and mesh._get_root_mesh() != mesh:
+    meshes = [p.device_mesh for p in parameters if is_dtensor(p)]
+    mesh = max(meshes, key=lambda mesh: mesh.size(), default=None)
+    if mesh is None or mesh.size() == 1:
+        return
+    flags = [loss.requires_grad for loss in losses.values()]
+    digest = _digest([*losses, *flags])
+    rows = _gathered(mesh, [digest, len(flags)])
+    if all(row == rows[0] for row in rows):
+        return
+    most = max(tasks for _, tasks in rows)
+    # Of a task that a rank does not have: 0.
+    table = _gathered(mesh, [1 + flag for flag in flags] + [0] * (most - len(flags)))
+    ranks = mesh.mesh.flatten().tolist()
+    names = [*losses]
+    for task, kinds in enumerate(zip(*table, strict=True)):
+        if len({*kinds}) > 1:
+            idle = [rank for rank, kind in zip(ranks, kinds, strict=True) if kind < 2]
+            name = repr(names[task]) if task < len(names) else f"number {task}"
             raise ValueError(
-                "parameters must not be shards that DDP has made plain tensors of: "
-                "leave DDP out and pass the data-parallel group as sync_group"
+                f"losses must require grad on all ranks or on none, got task {name} "
+                f"without on rank(s) {idle}, whose backward pass the others would wait "
+                "for: where a rank has nothing for a task, use 0 * out.sum()"
             )
-        # By this flag the forward pass notes whether it ran under no_sync; before the
-        # first forward pass it is True, too.
-        if model.require_forward_param_sync and model._lazy_init_ran:
-            raise RuntimeError(
-                "losses need one backward pass each, but the DDP model of these "
-                f"parameters averages the first one only: {_CURE}"
-            )
-        alone = model.process_group.size() == 1
-        if model._lazy_init_ran and unasked and not (averaged or alone):
-            raise RuntimeError(
-                "losses would give other gradients on every rank, since the DDP model of "
-                "these parameters last ran inside no_sync(): pass sync_group=model to "
-                "backward(), or sync_group=False if you average them yourself"
-            )
+    raise ValueError(
+        f"losses must be those of the same tasks on all ranks, got {names}"
+    )
+
+
+def _gathered(mesh: "DeviceMesh", row: list[int]) -> list[list[int]]:
+    """Give the rows of all ranks of a mesh, in their order in it."""
+    place = (mesh.mesh == dist.get_rank()).flatten().to(torch.int64)
+    table = place[:, None] * torch.tensor(row, dtype=torch.int64, device="cpu")
+    for axis in range(mesh.ndim):
+        group = mesh.get_group(axis)
+        message = table.to(_talking_device(group))
+        dist.all_reduce(message, group=group)
+        table = message.cpu()
+    rows: list[list[int]] = table.tolist()
+    return rows
+
+
+def _talking_device(group: "ProcessGroup") -> torch.device:
+    """Where to put what the host will read: on the CPU it waits for no device."""
+    on_cpu = "cpu:" in dist.get_backend_config(group)
+    return torch.device("cpu" if on_cpu else "cuda")
 
 
 class Ranks:
@@ -157,28 +325,25 @@ class Ranks:
 
     Args:
         group: the ranks.
-        model: their DDP model, if known. It fixes the order of the parameters, which
+        models: their DDP models, if known. They fix the order of the parameters, which
             are else taken in that of the optimizer, and which of them to leave alone.
     """
 
     def __init__(
-        self, group: "ProcessGroup", model: DistributedDataParallel | None = None
+        self, group: "ProcessGroup", models: Iterable[DistributedDataParallel] = ()
     ) -> None:
         self._group = group
         self._members = {*dist.get_process_group_ranks(group)}
-        named = [] if model is None else list(model.module.named_parameters())
-        self._places = {parameter: place for place, (_, parameter) in enumerate(named)}
-        ignored = set() if model is None else model.parameters_to_ignore
-        self._ignored = {parameter for name, parameter in named if name in ignored}
+        named = [(m, *pair) for m in models for pair in m.module.named_parameters()]
+        self._places = {p: place for place, (_, _, p) in enumerate(named)}
+        self._ignored = {p for m, name, p in named if name in m.parameters_to_ignore}
         self._rank, self._size = group.rank(), group.size()
-        # The host reads what is agreed: on the CPU without waiting for the device.
-        on_cpu = "cpu:" in dist.get_backend_config(group)
-        self._device = torch.device("cpu" if on_cpu else "cuda")
+        self._device = _talking_device(group)
         # What the averages are of, in the order of the messages.
         self._shared: list[Tensor] = []
         self._summed: list[Tensor] = []
         # Messages that the others expect of this rank, the next first, of zeros as yet.
-        self._expected = [torch.zeros(3 * self._size, dtype=torch.int64)]
+        self._expected = [torch.zeros(3 * self._size, dtype=torch.int64, device="cpu")]
         _mark(group)
 
     def agree(
@@ -198,9 +363,10 @@ class Ranks:
         """
         self._shared, self._summed = self._to_average(shared), self._to_average(summed)
         kinds = [(tuple(p.shape), p.dtype) for p in [*self._shared, *self._summed]]
-        table = torch.zeros(self._size, 3, dtype=torch.int64)
-        table[self._rank] = torch.tensor([len(names), _digest(names), _digest(kinds)])
-        rows = self._tell(table.flatten()).view(-1, 3).tolist()
+        table = [[0, 0, 0] for _ in range(self._size)]
+        table[self._rank] = [len(names), _digest(names), _digest(kinds)]
+        words = torch.tensor(table, dtype=torch.int64, device="cpu")
+        rows = self._tell(words.flatten()).view(-1, 3).tolist()
         if any(row[:2] != rows[0][:2] for row in rows):
             told: list[list[str]] = [[]] * self._size
             with self._explained():
@@ -219,7 +385,8 @@ class Ranks:
         if summed:
             lengths.append(2 * len(self._summed))
         self._expected = [
-            torch.zeros(length, dtype=torch.uint8) for length in [*lengths, 0]
+            torch.zeros(length, dtype=torch.uint8, device="cpu")
+            for length in [*lengths, 0]
         ]
 
     def average(
@@ -244,7 +411,8 @@ class Ranks:
         mine = [gradients.get(parameter) for parameter in wanted]
         dense = [grad is not None and not grad.is_sparse for grad in mine]
         sparse = [grad is not None and grad.is_sparse for grad in mine]
-        flags = self._tell(torch.tensor([*dense, *sparse], dtype=torch.uint8))
+        flags = torch.tensor([*dense, *sparse], dtype=torch.uint8, device="cpu")
+        flags = self._tell(flags)
         dense, sparse = flags.view(2, -1).tolist()
         dense_ones = [p for p, has in zip(wanted, dense, strict=True) if has]
         # One that is dense on some rank travels as a dense one.
@@ -404,8 +572,7 @@ class Ranks:
 @contextmanager
 def together(sync_group: SyncGroup) -> Iterator[Ranks]:
     """Fail together: an exception on this rank is told to the others."""
-    model = sync_group if isinstance(sync_group, DistributedDataParallel) else None
-    ranks = Ranks(process_group(sync_group), model)
+    ranks = Ranks(process_group(sync_group), models_of(sync_group))
     try:
         yield ranks
     except Exception:

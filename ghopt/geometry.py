@@ -336,7 +336,7 @@ def _enumerated(system: Tensor) -> Callable[[Tensor], Tensor]:
 
     def solve(right: Tensor) -> Tensor:
         inside = right.mT.where(active[:, :, None], 0)
-        rows = torch.linalg.lu_solve(*factors, inside).mT  # [2**K, K, K]
+        rows: Tensor = torch.linalg.lu_solve(*factors, inside).mT  # [2**K, K, K]
         slopes = rows @ system - right
         slopes = slopes.abs().where(active[:, None], -slopes)
         violation = torch.maximum(slopes, -rows).amax(2).clamp(min=0)

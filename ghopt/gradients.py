@@ -27,6 +27,7 @@ from ghopt.distributed import (
     sum_over,
     writable,
 )
+from ghopt.losses import check_range
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -125,7 +126,9 @@ def combine(
     The result takes the memory of the first task that has an entry; the other entries
     may be spoilt. float16 and bfloat16 gradients are summed in float32 and rounded once.
     So are float32 gradients on the CPU, in float64, unless the Gramian shows that they
-    do not cancel; on a GPU the kernels do that at no cost.
+    do not cancel; on a GPU the kernels do that at no cost. Gradients that have a graph
+    of their own (``create_graph=True``) are summed with it, in new memory; the weights
+    count as constant.
 
     Args:
         gradients: one list per task. Nothing else may hold these tensors.
@@ -134,7 +137,13 @@ def combine(
 
     Returns:
         One entry per parameter; ``None`` where no task has one.
+
+    Raises:
+        ValueError: if the dtype of a gradient cannot hold a finite weight; on the CPU.
     """
+    check_range(weights, (g.dtype for task in gradients for g in task if g is not None))
+    if any(g is not None and g.requires_grad for task in gradients for g in task):
+        return _combine_with_graph(gradients, weights)
     wide = weights.device.type == "cpu" and (
         gramian is None or _cancel(gramian, weights)
     )
@@ -150,6 +159,23 @@ def combine(
         _first(given if is_dtensor(_first(given)) else entries) if given else None
         for given, entries in zip(parameters, locals_, strict=True)
     ]
+
+
+def _combine_with_graph(
+    gradients: TaskGradients, weights: Tensor
+) -> list[Tensor | None]:
+    """Sum gradients such that their sum can be differentiated."""
+    with torch.enable_grad():
+        scaled = [
+            {
+                task: grad * weights[task].to(grad.device, grad.dtype)
+                for task, grad in entries.items()
+            }
+            for entries in _by_parameter(gradients)
+        ]
+        return [
+            reduce(torch.add, terms.values()) if terms else None for terms in scaled
+        ]
 
 
 def _cancel(gramian: Tensor, weights: Tensor) -> bool:

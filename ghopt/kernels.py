@@ -104,13 +104,15 @@ def tabulate(
     # Of the default device, which may be a GPU, nothing here may know.
     addresses = torch.tensor(
         [[e[k].data_ptr() if k in e else 0 for k in range(tasks)] for e in parameters],
+        dtype=torch.int64,
         device="cpu",
     )
-    sizes = torch.tensor([first.numel() for first in firsts], device="cpu")
+    sizes = addresses.new_tensor([first.numel() for first in firsts])
     counts = (sizes + chunk - 1) // chunk
     owners = torch.repeat_interleave(counts)
     earlier = counts.cumsum(0) - counts
-    starts = (torch.arange(len(owners), device="cpu") - earlier[owners]) * chunk
+    places = torch.arange(len(owners), dtype=torch.int64, device="cpu")
+    starts = (places - earlier[owners]) * chunk
     lengths = (sizes[owners] - starts).clamp(max=chunk)
     missing = addresses[owners] == 0
     pointers = addresses[owners] + starts[:, None] * dtype.itemsize

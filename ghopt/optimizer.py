@@ -16,44 +16,45 @@ form:
   it to us to unscale the gradients.
 """
 
-import weakref
+import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
+from torch.amp.grad_scaler import OptState
+from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from ghopt.backward import (
     BackwardFn,
     Collected,
-    Losses,
-    as_in_total,
+    check_weighting,
     collect,
-    named_losses,
     out_of_reach,
     set_aside,
     weigh,
-    weighted_sum,
 )
 from ghopt.deferred import Deferral, defer
 from ghopt.distributed import (
+    Living,
     Ranks,
+    Replicas,
     SyncGroup,
-    beside,
-    check_replicas,
-    ddp_models,
+    agree_on_passes,
+    also_trained,
+    models_of,
     process_group,
     together,
 )
 from ghopt.geometry import Weighting, cosines, gh
 from ghopt.gradients import combine, gramian, gramian_over
+from ghopt.losses import Losses, as_in_total, named_losses, weighted_sum
 
 Closure: TypeAlias = Callable[[], Any]
 """Evaluates the model; returns a number, a scalar tensor or the losses of the tasks."""
@@ -95,23 +96,41 @@ class _Progress:
         collected: gradients of the shared parameters that await the last micro-batch,
             by the name of the task.
         summed: those of the other parameters, of all tasks.
+        is_weighed: whether they are those of one weighted sum, not of tasks.
+        is_local: whether they are those of this rank alone, and must be averaged.
         last: what the last harmonization found and did.
-        calls: of ``backward`` that several ranks may concern.
-        models: the DDP models of the parameters, as last looked for.
-        age: number of backward calls that the weights in ``last`` have served.
+        steps: number of steps that the weights in ``last`` have served.
+        is_measured: whether they serve the step to come, or in progress.
+        is_stepping: whether a step of the base optimizer is in progress.
+        values: losses of the micro-batches in an evaluation by a closure, by task.
+        value: weighted sum of the losses of that evaluation, as far as harmonized.
+        is_known: whether ``backward`` was ever called, or its absence told.
+        replicas: the DDP models of this process.
+        scalers: its gradient scalers.
     """
 
     collected: dict[str, Collected] = field(default_factory=dict)
     summed: Collected = field(default_factory=dict)
+    is_weighed: bool = False
+    is_local: bool = False
     last: Harmonization | None = None
-    calls: int = 0
-    models: list[weakref.ref[DistributedDataParallel]] = field(default_factory=list)
-    age: int = 0
+    steps: int = 0
+    is_measured: bool = False
+    is_stepping: bool = False
+    values: dict[str, Tensor] = field(default_factory=dict)
+    value: Tensor | None = None
+    is_known: bool = False
+    replicas: Replicas = field(default_factory=Replicas)
+    scalers: Living[torch.amp.GradScaler] = field(
+        default_factory=lambda: Living(torch.amp.GradScaler)
+    )
 
     def forget(self) -> None:
         """Drop a started accumulation."""
         self.collected.clear()
         self.summed.clear()
+        self.values.clear()
+        self.is_weighed = self.is_local = False
 
     def take(self, names: list[str]) -> tuple[list[Collected], Collected]:
         """Hand over a started accumulation of these tasks, and the sums.
@@ -124,7 +143,8 @@ class _Progress:
                 f"losses must be those of tasks {[*self.collected]}, got {names}"
             )
         taken = [self.collected.get(name, {}) for name in names], dict(self.summed)
-        self.forget()
+        self.collected.clear()
+        self.summed.clear()
         return taken
 
     def keep(
@@ -136,6 +156,27 @@ class _Progress:
         """Keep the gradients of one more micro-batch, with those before it."""
         self.collected.update(zip(names, collected, strict=True))
         self.summed.update({p: g for p, g in summed.items() if g is not None})
+
+    def evaluate(self, losses: Mapping[str, Tensor]) -> None:
+        """Add up the losses of a micro-batch, if a closure is asking for them."""
+        if self.is_stepping:
+            for name, loss in losses.items():
+                value = loss.detach().reshape(())
+                self.values[name] = self.values.get(name, 0) + value
+
+    def weigh_values(self, names: Iterable[str], weights: Tensor) -> None:
+        """Note the weighted sum of the losses since the last harmonization."""
+        if self.values:
+            value = weighted_sum([self.values[name] for name in names], weights)
+            self.value = value if self.value is None else self.value + value
+            self.values.clear()
+
+    def end_step(self) -> None:
+        """Forget what was for this step only."""
+        self.forget()
+        self.steps += self.is_measured
+        self.is_measured = self.is_stepping = False
+        self.value = None
 
 
 class HarmonizedOptimizer(Optimizer):
@@ -203,8 +244,12 @@ class HarmonizedOptimizer(Optimizer):
         if not isinstance(base_optimizer, Optimizer):
             given = type(base_optimizer)
             raise TypeError(f"base_optimizer must be a torch Optimizer, got {given}")
-        if not callable(weighting):
-            raise TypeError(f"weighting must be callable, got {weighting!r}")
+        if isinstance(base_optimizer, HarmonizedOptimizer):
+            raise TypeError(
+                "base_optimizer must not be harmonized already, got a HarmonizedOptimizer: "
+                "wrap the optimizer inside it, .base_optimizer"
+            )
+        check_weighting(weighting)
         if not isinstance(measure_every, int):
             raise TypeError(f"measure_every must be an int, got {measure_every!r}")
         if measure_every < 1:
@@ -280,33 +325,36 @@ class HarmonizedOptimizer(Optimizer):
         """
         if backward_fn is not None and not callable(backward_fn):
             raise TypeError(f"backward_fn must be callable, got {backward_fn!r}")
+        progress = self._progress
+        progress.is_known = True
         # By identity: a compiled module cannot say whether it is true.
         group = None if sync_group is False else sync_group
         if group is not None:
             process_group(group)
         shared, rest = self._parameters()
-        outside = beside(group, [*shared, *rest])
+        outside = also_trained(models_of(group), [*shared, *rest])
         talks = nullcontext() if group is None or accumulate_only else together(group)
         with talks as ranks:
-            named = named_losses(losses)
-            if total is not None:
-                named = as_in_total(named, total)
-            reused = self._reusable(named)
+            named = (
+                named_losses(losses) if total is None else as_in_total(losses, total)
+            )
+            reused = self._reusable(named, shared)
             if reused:
                 named = _in_one(named, reused)
-            if (
-                group is not None
-                or sum(loss.requires_grad for loss in named.values()) > 1
-            ):
-                self._check_replicas(
+            is_local = group is not None
+            if is_local or sum(loss.requires_grad for loss in named.values()) > 1:
+                is_local |= progress.replicas.check(
                     [*shared, *rest],
-                    averaged=group is not None or accumulate_only,
-                    unasked=sync_group is None,
+                    named.values(),
+                    sync_group,
+                    accumulate_only=accumulate_only,
                 )
+            if dist.is_available() and dist.is_initialized():
+                agree_on_passes([*shared, *rest], named)
             if ranks is not None:
                 ranks.agree([*named], shared, [*rest, *outside])
             # From here on held by this frame alone, so that an exception drops them.
-            collected, summed = self._progress.take([*named])
+            collected, summed = progress.take([*named])
             deferral = None
             if self.deferred and backward_fn is None and not accumulate_only:
                 deferral = defer([*named.values()], shared)
@@ -326,12 +374,13 @@ class HarmonizedOptimizer(Optimizer):
                     )
                 if deferral and not deferral.settle(collected):
                     deferral = None
-                if not (deferral or any(collected)):
+                sums = [parameter.grad for parameter in rest]
+                if not (deferral or reused or any(collected)):
                     which = "parameter" if self._shared is None else "shared parameter"
                     raise ValueError(
                         f"losses must reach a {which} of this optimizer, got none"
                     )
-                sums = [parameter.grad for parameter in rest]
+                progress.evaluate(named)
                 if accumulate_only:
                     added: list[Tensor | None] = [None] * len(grads)
                 elif reused:
@@ -348,57 +397,61 @@ class HarmonizedOptimizer(Optimizer):
                 ):
                     parameter.grad = _accumulate(grad, more)
         if accumulate_only:
-            self._progress.keep(named, collected, dict(zip(rest, sums, strict=True)))
-        else:
-            self._progress.age = self._progress.age + 1 if reused else 1
+            progress.keep(named, collected, dict(zip(rest, sums, strict=True)))
+            progress.is_weighed = reused is not None
+            progress.is_local |= is_local
+        elif reused:
+            progress.weigh_values(named, torch.ones_like(reused.weights[:1]))
+            progress.is_measured = reused is progress.last
+        progress.is_weighed &= accumulate_only
 
     def step(  # type: ignore[override]  # one more way to call it than the base class
         self,
         closure: Closure | None = None,
         *,
         losses: Losses | None = None,
+        **options: Any,
     ) -> float | None:
         """Step the base optimizer on the gradients in ``.grad``.
 
+        Micro-batches that were only accumulated (``accumulate_only``) are harmonized
+        first: a framework may decide late that a step follows.
+
         Args:
             closure: handed to the base optimizer, for bases that evaluate more than
-                once. It calls ``backward`` of this optimizer and returns a number, or
-                it returns the losses (a list, tuple, mapping or 1-D tensor): then
-                ``zero_grad()`` and ``backward(losses)`` follow, and the base is given
-                their sum.
+                once. It calls ``backward`` of this optimizer, or it returns the losses,
+                in any form that ``backward`` takes: then ``zero_grad()`` and
+                ``backward(losses)`` follow. The weights are measured once, by a
+                ``backward`` since the last step or else at the first evaluation, and held
+                to the end of the step, so that the base minimises one function: it is
+                given the weighted sum of the losses, whose gradient is the harmonized
+                one. A closure that does neither is handed on as it is.
             losses: as for ``backward``: a shorthand for ``zero_grad()``,
                 ``backward(losses)``, ``step()``. With several ranks, as with a closure
                 that returns losses, call them one by one, for ``sync_group``.
+            options: whatever else the step of the base optimizer takes, by keyword.
 
         Returns:
             What the base optimizer returns.
 
         Raises:
             TypeError: if ``closure`` is not callable.
-            ValueError: if both ``closure`` and ``losses`` are given.
+            ValueError: if both ``closure`` and ``losses`` are given, or a closure to
+                L-BFGS with ``shared_params``: no function has the weighted sum as its
+                gradient in some parameters, and the plain sum in the others.
+            RuntimeError: if a closure harmonizes twice with ``shared_params``, for the
+                same reason; the base has begun to step then. If micro-batches were only
+                accumulated, and a GradScaler has unscaled the gradients already or ranks
+                would have to average them.
         """
-        args: tuple[Any, ...] = (self,) if closure is None else (self, closure)
-        kwargs: dict[str, Any] = {} if losses is None else {"losses": losses}
-        with torch.autograd.profiler.record_function(
-            f"Optimizer.step#{type(self).__name__}.step"
-        ):
-            for pre_hook in self._optimizer_step_pre_hooks.values():
-                changed = pre_hook(self, args, kwargs)
-                if changed is None:
-                    continue
-                if not isinstance(changed, tuple) or len(changed) != 2:
-                    raise RuntimeError(
-                        "a step pre-hook must return None or a tuple of "
-                        f"(new_args, new_kwargs), but got {changed}"
-                    )
-                args, kwargs = changed
-            result = self._step(*args[1:], **kwargs)
-            for post_hook in self._optimizer_step_post_hooks.values():
-                post_hook(self, args, kwargs)
-        return result
+        if closure is None and losses is None:
+            self._finish()
+        args = () if closure is None else (closure,)
+        if losses is not None:
+            options = {"losses": losses, **options}
+        return self._step(*args, **options)
 
-    # torch hooks the step of every optimizer class. The base's own is hooked already:
-    # hooking this one too would run the global hooks twice.
+    # torch hooks the step of every optimizer class; here _step has its hooks.
     step.hooked = True  # type: ignore[attr-defined]
 
     def register_harmonize_hook(self, hook: HarmonizeHook) -> RemovableHandle:
@@ -422,7 +475,13 @@ class HarmonizedOptimizer(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear ``.grad`` as the base optimizer does, and any started accumulation."""
         self._progress.forget()
-        self.base_optimizer.zero_grad(set_to_none)
+        if not self._progress.is_stepping:
+            self._progress.is_measured = False
+        # Some bases take no argument.
+        if set_to_none:
+            self.base_optimizer.zero_grad()
+        else:
+            self.base_optimizer.zero_grad(set_to_none=False)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base optimizer."""
@@ -449,7 +508,8 @@ class HarmonizedOptimizer(Optimizer):
             state_dict = state_dict if changed is None else changed
         self.base_optimizer.load_state_dict(state_dict)
         self._progress.forget()
-        self._progress.age = 0
+        self._progress.steps = 0
+        self._progress.is_measured = False
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -488,9 +548,25 @@ class HarmonizedOptimizer(Optimizer):
     def __getattr__(self, name: str) -> Any:
         """Forward unknown public names to the base optimizer."""
         # base_optimizer itself is unknown while unpickling.
-        if name.startswith("_") or "base_optimizer" not in self.__dict__:
-            raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
-        return getattr(self.base_optimizer, name)
+        base = self.__dict__.get("base_optimizer")
+        if base is not None and not name.startswith("_"):
+            try:
+                return getattr(base, name)
+            except AttributeError:
+                pass  # a typo is one of this object's, and so are the names to suggest
+        message = f"{type(self).__name__!r} object has no attribute {name!r}"
+        raise AttributeError(message, name=name, obj=self)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Write public names that only the base optimizer has to the base optimizer."""
+        base = self.__dict__.get("base_optimizer")
+        ours = (
+            name.startswith("_") or name in self.__dict__ or hasattr(type(self), name)
+        )
+        if ours or base is None or not hasattr(base, name):
+            super().__setattr__(name, value)
+        else:
+            setattr(base, name, value)
 
     def __getstate__(self) -> dict[str, Any]:
         """Give what a copy needs: as in torch, hooks stay behind."""
@@ -518,15 +594,21 @@ class HarmonizedOptimizer(Optimizer):
         self._optimizer_load_state_dict_pre_hooks = OrderedDict()
         self._optimizer_load_state_dict_post_hooks = OrderedDict()
 
+    @Optimizer.profile_hook_step
     def _step(
         self,
         closure: Closure | None = None,
         *,
         losses: Losses | None = None,
+        **options: Any,
     ) -> float | None:
+        """Step between the hooks."""
+        base, progress = self.base_optimizer, self._progress
         if closure is not None and not callable(closure):
             given = f"{type(closure)} (losses are given by keyword)"
             raise TypeError(f"closure must be callable, got {given}")
+        if closure is not None and self._shared is not None and isinstance(base, LBFGS):
+            raise ValueError(f"closure must be None for L-BFGS here: {_NO_FUNCTION}")
         if losses is not None:
             if closure is not None:
                 raise ValueError(
@@ -535,29 +617,97 @@ class HarmonizedOptimizer(Optimizer):
             named = named_losses(losses)  # before zero_grad: an error changes nothing
             self.zero_grad()
             self.backward(named)
+        if closure is None:
+            self._warn_of_plain_gradients()
+        args = () if closure is None else (lambda: self._evaluate(closure),)
+        progress.is_stepping = True
         try:
-            if closure is None:
-                return self.base_optimizer.step()
-            return self.base_optimizer.step(lambda: self._evaluate(closure))
+            with _passing_by(base):
+                return base.step(*args, **options)
         finally:
             # What was collected for these weights must not meet the next ones. Not
             # before: the closure may be the last micro-batch, as in Lightning.
-            self._progress.forget()
+            progress.end_step()
 
     def _evaluate(self, closure: Closure) -> Any:
-        """Call a closure; harmonize the losses if it returns them."""
+        """Call a closure, harmonize the losses if it returns them, and weigh them."""
+        progress = self._progress
+        progress.value = None
+        progress.values.clear()
+        before = [(grad, grad._version) for grad in self._grads()]
         with torch.enable_grad():  # as bases do, but for those that leave it to us
             result = closure()
-        if isinstance(result, Tensor) and result.dim() != 1:
+            is_done = progress.value is not None or bool(progress.values)
+            if not is_done and _are_losses(result):
+                after = [(grad, grad._version) for grad in self._grads()]
+                # One element, and a backward pass has been: a loss, not a list of one.
+                if not (_is_single(result) and _differ(before, after)):
+                    losses = named_losses(result)
+                    self.zero_grad()
+                    self.backward(losses)
+            self._finish()
+        if progress.value is None:
+            self._warn_of_plain_gradients()
             return result
-        if not isinstance(result, Tensor | Mapping | list | tuple):
-            return result
-        losses = named_losses(result)
-        self.zero_grad()
-        self.backward(losses)
-        return torch.stack(
-            [loss.detach().reshape(()) for loss in losses.values()]
-        ).sum()
+        return progress.value
+
+    def _finish(self) -> None:
+        """Harmonize micro-batches that were only accumulated, into ``.grad``."""
+        progress = self._progress
+        names = [*progress.collected]
+        if not names:
+            return
+        cure = "give the last micro-batch to backward() without accumulate_only"
+        if progress.is_local:
+            raise RuntimeError(
+                "micro-batches were only accumulated, and their gradients are those of "
+                f"this rank: {cure}, with sync_group"
+            )
+        if any(_has_unscaled(scaler, self) for scaler in progress.scalers()):
+            raise RuntimeError(
+                "micro-batches were only accumulated, and a GradScaler has unscaled the "
+                f"gradients already: {cure}, before unscale_() and step() of the scaler"
+            )
+        shared, rest = self._parameters()
+        is_weighed = progress.is_weighed
+        collected, summed = progress.take(names)
+        progress.is_weighed = False
+        if is_weighed:
+            added = [collected[0].get(parameter) for parameter in shared]
+            progress.weigh_values(
+                names, torch.ones(1, dtype=torch.float64, device="cpu")
+            )
+            progress.is_measured = progress.last is not None
+        else:
+            added = self._harmonize(names, shared, collected, None, None)
+        sums = [summed.get(parameter) for parameter in rest]
+        for parameter, more in zip([*shared, *rest], [*added, *sums], strict=True):
+            parameter.grad = _accumulate(parameter.grad, more)
+
+    def _grads(self) -> list[Tensor]:
+        parameters = (parameter for _, parameter in self._placed())
+        return [p.grad for p in parameters if p.grad is not None]
+
+    def _warn_of_plain_gradients(self) -> None:
+        """Warn once of a training that does not know of ``backward``."""
+        progress = self._progress
+        # Distributed checkpoints step at rate 0, to have the state made.
+        if progress.is_known or not self._grads() or not self._moves():
+            return
+        progress.is_known = True
+        warnings.warn(
+            "step() found gradients, but backward() of this optimizer was never called: "
+            "nothing is harmonized. Call optimizer.backward([loss_a, loss_b]) in place of "
+            "(loss_a + loss_b).backward()",
+            stacklevel=5,
+        )
+
+    def _moves(self) -> bool:
+        """Say whether a learning rate is not zero."""
+        rates = [group.get("lr", 1) for group in self.param_groups]
+        return any(
+            (isinstance(rate, Tensor) and rate.is_meta) or bool(rate) for rate in rates
+        )
 
     def _parameters(self) -> tuple[list[Tensor], list[Tensor]]:
         """List the parameters to serve: the shared ones, and the rest."""
@@ -574,22 +724,28 @@ class HarmonizedOptimizer(Optimizer):
                 (shared if is_shared else rest)[parameter] = None
         return list(shared), list(rest)
 
-    def _reusable(self, losses: Mapping[str, Tensor]) -> Harmonization | None:
-        """Give the last measurement, if it serves these losses once more."""
-        progress, last = self._progress, self._progress.last
-        young = 0 < progress.age < self.measure_every
-        return last if young and last and {*last.names} == losses.keys() else None
+    def _reusable(
+        self, losses: Mapping[str, Tensor], shared: list[Tensor]
+    ) -> Harmonization | None:
+        """Give the last measurement, or a trivial one, if there is none to be made.
 
-    def _check_replicas(self, parameters: list[Tensor], **how: bool) -> None:
-        """See that the DDP models of the parameters leave averaging to us, or do it."""
-        if not (dist.is_available() and dist.is_initialized()):
-            return
-        progress = self._progress
-        progress.calls += 1
-        # A model may be wrapped later, and to search takes too long for every step.
-        if progress.calls & (progress.calls - 1) == 0:
-            progress.models = ddp_models(parameters)
-        check_replicas(progress.models, **how)
+        Raises:
+            RuntimeError: if there was one for this step, with shared parameters alone.
+        """
+        progress, last = self._progress, self._progress.last
+        if progress.collected and not progress.is_weighed:
+            return None
+        if not any(parameter.requires_grad for parameter in shared):
+            like = next(iter(losses.values()))
+            ones = torch.ones(len(losses), dtype=torch.float64, device=like.device)
+            return Harmonization(
+                tuple(losses), ones.new_zeros(len(ones), len(ones)), ones
+            )
+        is_held = progress.is_stepping and progress.is_measured
+        if is_held and self._shared is not None:
+            raise RuntimeError(f"closure must harmonize once in a step: {_NO_FUNCTION}")
+        serves = is_held or 0 < progress.steps < self.measure_every
+        return last if serves and last and {*last.names} == losses.keys() else None
 
     def _placed(self) -> Iterator[tuple[tuple[int, int], Tensor]]:
         """Yield the parameters with their places: number of the group, number in it."""
@@ -652,11 +808,72 @@ class HarmonizedOptimizer(Optimizer):
 
         for hook in list(self._harmonize_hooks.values()):
             hook(found, gramian_of)
-        self._progress.last = found
         made = deferral.combine(weights) if deferral else {}
         summed = combine(gradients, weights, products)
+        progress = self._progress
+        progress.last, progress.steps, progress.is_measured = found, 0, True
+        progress.weigh_values(names, weights)
         sums = zip(shared, summed, strict=True)
         return [made.get(parameter, total) for parameter, total in sums]
+
+
+_NO_FUNCTION = (
+    "with shared_params some parameters receive the weighted sum, the others the plain sum, "
+    "and no function has both as its gradient. Leave shared_params out, or give the other "
+    "parameters an optimizer of their own"
+)
+
+
+@contextmanager
+def _passing_by(base: Optimizer) -> Iterator[None]:
+    """Keep torch's global step hooks from running for the base as well.
+
+    They have run for the wrapper. Those of other optimizers, as in a base that wraps one
+    itself, go on.
+    """
+    kinds = ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
+    module = import_module("torch.optim.optimizer")  # torch.optim hides its name
+    before = {kind: getattr(module, kind) for kind in kinds}
+    if not any(before.values()):
+        yield
+        return
+
+    def but_for_base(hook: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda other, *args: None if other is base else hook(other, *args)
+
+    for kind, hooks in before.items():
+        quiet = OrderedDict((key, but_for_base(hook)) for key, hook in hooks.items())
+        setattr(module, kind, quiet)
+    try:
+        yield
+    finally:
+        for kind, hooks in before.items():
+            setattr(module, kind, hooks)
+
+
+def _are_losses(result: Any) -> bool:
+    """Say whether a closure returned losses, and not one number in whatever form."""
+    if isinstance(result, Tensor):
+        return result.dim() == 1 and (result.numel() != 1 or result.requires_grad)
+    return isinstance(result, Iterable) and not isinstance(result, str | bytes)
+
+
+def _is_single(result: Any) -> bool:
+    return isinstance(result, Tensor) and result.numel() == 1
+
+
+def _differ(before: list[tuple[Tensor, int]], after: list[tuple[Tensor, int]]) -> bool:
+    """Say whether gradients were made or changed."""
+    if len(before) != len(after):
+        return True
+    pairs = zip(before, after, strict=True)
+    return any(one is not two or old != new for (one, old), (two, new) in pairs)
+
+
+def _has_unscaled(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> bool:
+    """Say whether a scaler has unscaled the gradients of the step to come."""
+    state = scaler._per_optimizer_states.get(id(optimizer))
+    return state is not None and state["stage"] is not OptState.READY
 
 
 def _in_one(losses: Mapping[str, Tensor], last: Harmonization) -> dict[str, Tensor]:
@@ -673,7 +890,8 @@ def _accumulate(grad: Tensor | None, added: Tensor | None) -> Tensor | None:
     """Add to ``.grad`` as autograd does: in place, where both are dense."""
     if grad is None or added is None:
         return added if grad is None else grad
-    if grad.layout is added.layout is torch.strided:
+    has_graph = grad.requires_grad or added.requires_grad
+    if grad.layout is added.layout is torch.strided and not has_graph:
         return grad.add_(added)
     # torch adds a sparse tensor to a dense one, not the reverse.
     return added + grad if grad.is_sparse else grad + added

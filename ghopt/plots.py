@@ -68,7 +68,7 @@ def before_and_after(recording: Recording, axes: "Axes") -> None:
         values = recording.update_cosines(weights).flatten()
         values = values[values.isfinite()].clamp(-1, 1)
         share = torch.histc(values, _BINS, -1, 1) / max(1, len(values))
-        edges = torch.linspace(-1, 1, _BINS + 1)
+        edges = torch.linspace(-1, 1, _BINS + 1, dtype=torch.float64, device="cpu")
         axes.stairs(
             (100 * share).tolist(), edges.tolist(), fill=True, alpha=0.5, label=name
         )

@@ -120,7 +120,10 @@ def judge(recording: Recording) -> Verdict:
         ValueError: if nothing was recorded.
     """
     if not len(recording):
-        raise ValueError("recording must have a step, got none")
+        raise ValueError(
+            "recording must have a step, got none: attach the recorder before the "
+            "training, and flush it once; a second flush finds nothing"
+        )
     finite = _finite(recording)
     lost = len(recording) - len(finite)
     left_out = [f"{lost} steps that were not finite are left out."] if lost else []

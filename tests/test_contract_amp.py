@@ -12,8 +12,8 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.testing import assert_close
 
 from ghopt import HarmonizedOptimizer, gh, ghpp, ghpp_balanced, ghpp_printed
-from ghopt.backward import Losses
 from ghopt.geometry import Weighting
+from ghopt.losses import Losses
 from tests import models
 from tests.bases import BASES, LBFGS, Base, SparseAdam, every_base
 from tests.models import Tasks

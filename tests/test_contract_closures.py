@@ -5,8 +5,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
+from scipy.optimize import nnls
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Optimizer
 from torch.testing import assert_close
@@ -139,7 +141,11 @@ def test_a_closure_is_called_as_often_as_by_the_base(base: Base) -> None:
         model, calls = network(1), [0]
         plain = base(model.parameters())
         optimizer = HarmonizedOptimizer(plain) if wrapped else plain
-        closure = plain_closure(model, optimizer, models.batch(1))
+        closure = (
+            explicit_closure(model, optimizer, models.batch(1))
+            if isinstance(optimizer, HarmonizedOptimizer)
+            else plain_closure(model, optimizer, models.batch(1))
+        )
 
         def counted(
             closure: Callable[[], Tensor] = closure, calls: list[int] = calls
@@ -227,7 +233,8 @@ def test_a_closure_that_returns_the_losses_is_harmonized(
         explicit = explicit_closure(expected, literal, data)
         if needs_gradients(optimizer):
             explicit()
-            explicit_closure(actual, optimizer, data)()
+            optimizer.zero_grad()
+            optimizer.backward(form(actual(*data)))
         value = literal.step(explicit)
         result: Any = optimizer.step(lambda data=data: form(actual(*data)))  # type: ignore[misc]  # inferred
         assert isinstance(result, Tensor) or type(result) is type(value)
@@ -255,15 +262,228 @@ def test_the_gradient_of_returned_losses_is_the_update_of_the_paper(
 
 
 @forms
-def test_the_base_is_given_the_sum_of_the_losses(
+def test_the_base_is_given_the_weighted_sum_of_the_losses(
     form: Callable[[list[Tensor]], Any],
 ) -> None:
     model = network()
+    optimizer = wrap(model)
     losses = model(*models.batch(2))
-    value: Any = wrap(model).step(lambda: form(losses))
+    value: Any = optimizer.step(lambda: form(losses))
     assert value.shape == ()
     assert not value.requires_grad
-    assert_close(value, total(losses).detach(), rtol=1e-15, atol=0)
+    assert optimizer.last is not None
+    weighted = optimizer.last.weights @ torch.stack(losses)
+    assert_close(value, weighted.detach(), rtol=1e-15, atol=0)
+    assert value != total(losses)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_the_value_of_a_closure_that_harmonizes_is_weighted_too(
+    micro_batches: int,
+) -> None:
+    model = network()
+    optimizer = wrap(model)
+    data = [models.batch(2, seed) for seed in range(micro_batches)]
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        for left, batch in enumerate(reversed(data)):
+            last = left == micro_batches - 1
+            optimizer.backward(model(*batch), accumulate_only=not last)
+        return -1.0
+
+    losses = sum(torch.stack(model(*batch)).detach() for batch in data)
+    value: Any = optimizer.step(closure)
+    assert optimizer.last is not None
+    assert_close(value, optimizer.last.weights @ losses, rtol=1e-14, atol=0)
+
+
+def test_a_closure_may_only_accumulate() -> None:
+    made = []
+    for late in (False, True):
+        model = network()
+        optimizer = wrap(model)
+
+        def closure(
+            late: bool = late,
+            model: Tasks = model,
+            optimizer: HarmonizedOptimizer = optimizer,
+        ) -> list[Tensor]:
+            optimizer.zero_grad()
+            losses = model(*models.batch(2))
+            optimizer.backward(losses, accumulate_only=late)
+            return losses
+
+        made.append((optimizer.step(closure), weights_of(model)))
+    assert_close(made[1], made[0], rtol=0, atol=0)
+
+
+# Weights are held to the end of the step
+
+
+class Evaluating(SGD):
+    """Evaluates three times, moving in between, and notes what it is given."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, lr=0.1)
+        self.seen: list[tuple[dict[str, Tensor], Tensor, Tensor]] = []
+        self.model: Tasks
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        assert closure is not None
+        for _ in range(3):
+            with torch.enable_grad():
+                value = closure()
+            gradient = torch.cat(
+                [g.reshape(-1).clone() for g in grads(self.model) if g is not None]
+            )
+            self.seen.append((weights_of(self.model), torch.as_tensor(value), gradient))
+            super().step()
+        return value
+
+
+def evaluating() -> tuple[Tasks, HarmonizedOptimizer, Evaluating]:
+    model = network()
+    base = Evaluating(model.parameters())
+    base.model = model
+    return model, HarmonizedOptimizer(base), base
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("returns", ["losses", "total"])
+def test_all_evaluations_of_a_step_are_of_one_function(
+    returns: str, before: bool
+) -> None:
+    model, optimizer, base = evaluating()
+    measured: list[Tensor] = []
+    optimizer.register_harmonize_hook(lambda found, _: measured.append(found.weights))
+    for step in range(2):
+        data = models.batch(2, step)
+        base.seen.clear()
+        if before:
+            optimizer.zero_grad()
+            optimizer.backward(model(*models.batch(2, 7 + step)))
+        if returns == "losses":
+            optimizer.step(lambda data=data: model(*data))  # type: ignore[misc]  # inferred
+        else:
+            optimizer.step(explicit_closure(model, optimizer, data))
+        assert len(measured) == step + 1
+        weights = measured[-1]
+        assert (weights != 1).any()
+        other = network()
+        for state, value, gradient in base.seen:
+            other.load_state_dict(state)
+            function = weights @ torch.stack(other(*data))
+            expected = torch.autograd.grad(function, [*other.parameters()])
+            assert_close(value, function.detach(), rtol=1e-12, atol=0)
+            flat = torch.cat([g.reshape(-1) for g in expected])
+            assert_close(gradient, flat, rtol=1e-10, atol=1e-12)
+    assert not torch.equal(measured[0], measured[1])
+
+
+def test_evaluations_of_one_step_count_as_one() -> None:
+    model, _, base = evaluating()
+    optimizer = HarmonizedOptimizer(base, measure_every=2)
+    measured = []
+    optimizer.register_harmonize_hook(lambda found, _: measured.append(found))
+    for step in range(4):
+        optimizer.step(lambda step=step: model(*models.batch(2, step)))  # type: ignore[misc]  # inferred
+    assert len(measured) == 2
+
+
+def test_other_tasks_in_a_later_evaluation_are_measured_anew() -> None:
+    model, optimizer, _ = evaluating()
+    measured: list[tuple[str, ...]] = []
+    optimizer.register_harmonize_hook(lambda found, _: measured.append(found.names))
+    names = iter(["ab", "ab", "cd"])
+    optimizer.step(lambda: dict(zip(next(names), model(*models.batch(2)), strict=True)))
+    assert measured == [("a", "b"), ("c", "d")]
+
+
+def test_clearing_the_gradients_before_a_step_forgets_the_weights() -> None:
+    model, optimizer, base = evaluating()
+    optimizer.backward(model(*models.batch(2, 7)))
+    first = optimizer.last
+    optimizer.zero_grad()
+    optimizer.step(lambda: model(*models.batch(2)))
+    assert optimizer.last is not first
+    assert len(base.seen) == 3
+
+
+def test_with_shared_parameters_there_is_no_function_to_evaluate_twice() -> None:
+    model = network()
+    base = Evaluating(model.parameters())
+    base.model = model
+    optimizer = HarmonizedOptimizer(base, shared_params=model.trunk.parameters())
+    with pytest.raises(
+        RuntimeError, match=r"must harmonize once.*Leave shared_params out"
+    ):
+        optimizer.step(lambda: model(*models.batch(2)))
+    before = weights_of(model)
+    lbfgs = HarmonizedOptimizer(
+        LBFGS(model.parameters()), shared_params=model.trunk.parameters()
+    )
+    with pytest.raises(ValueError, match="closure must be None for L-BFGS"):
+        lbfgs.step(lambda: model(*models.batch(2)))
+    assert_close(weights_of(model), before, rtol=0, atol=0)
+    # Once is all that most bases ask for.
+    once = HarmonizedOptimizer(
+        SGD(model.parameters(), lr=0.1), shared_params=model.trunk.parameters()
+    )
+    once.step(lambda: model(*models.batch(2)))
+    assert once.last is not None
+
+
+# Any iterable of losses
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda losses: dict(enumerate(losses)).values(),
+        lambda losses: (loss for loss in losses),
+        lambda losses: map(torch.squeeze, losses),
+        lambda losses: {"a": losses[0], "b": losses[1]}.values(),
+        iter,
+    ],
+    ids=["values", "generator", "map", "values by name", "iterator"],
+)
+def test_a_closure_may_return_any_iterable_of_losses(
+    form: Callable[[list[Tensor]], Any],
+) -> None:
+    expected, actual = network(), network()
+    wrap(expected).step(losses=expected(*models.batch(2)))
+    wrap(actual).step(lambda: form(actual(*models.batch(2))))
+    assert_close(weights_of(actual), weights_of(expected), rtol=0, atol=0)
+
+
+def test_one_loss_of_one_element_is_harmonized_if_nobody_has_run_its_pass() -> None:
+    expected, actual = network(1), network(1)
+    literal, optimizer = wrap(expected), wrap(actual)
+    for seed in range(3):  # also on top of the gradients of the step before
+        literal.step(losses=expected(*models.batch(1, seed)))
+        optimizer.step(lambda seed=seed: actual(*models.batch(1, seed))[0].view(1))  # type: ignore[misc]  # inferred
+    assert_close(weights_of(actual), weights_of(expected), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("clears", [True, False])
+def test_one_element_after_a_backward_pass_is_a_number(clears: bool) -> None:
+    model = network(1)
+    optimizer = wrap(model)
+    optimizer.backward(model(*models.batch(1)))  # or step would warn
+
+    def closure() -> Tensor:
+        if clears:
+            model.zero_grad()
+        (loss,) = model(*models.batch(1))
+        loss.backward()  # type: ignore[no-untyped-call]  # torch's
+        return loss.view(1)
+
+    value: Any = optimizer.step(closure)
+    assert value.shape == (1,)
+    number = torch.ones(1)
+    assert optimizer.step(lambda: number) is number
 
 
 def test_losses_of_one_element_several_dtypes_and_without_grad_add_up() -> None:
@@ -272,8 +492,9 @@ def test_losses_of_one_element_several_dtypes_and_without_grad_add_up() -> None:
     optimizer = wrap(model)
     value: Any = optimizer.step(lambda: [a.view(1, 1), b.float(), torch.ones(1)])
     assert value.shape == ()
-    assert_close(value.double(), (a + b + 1).detach(), rtol=1e-6, atol=0)
     assert optimizer.last is not None
+    one, two, _ = optimizer.last.weights
+    assert_close(value.double(), (one * a + two * b + 1).detach(), rtol=1e-6, atol=0)
     assert len(optimizer.last.names) == 3
 
 
@@ -286,6 +507,7 @@ def test_losses_of_one_element_several_dtypes_and_without_grad_add_up() -> None:
         ((torch.ones(2),), ValueError, r"losses.*'0'.* must be a real scalar"),
         ([torch.ones(())], ValueError, "losses must require grad"),
         (torch.ones(2), ValueError, "losses must require grad"),
+        (iter([]), ValueError, "losses must hold at least one loss"),
     ],
 )
 def test_bad_losses_of_a_closure_are_named_and_change_nothing(
@@ -312,7 +534,10 @@ def test_losses_that_were_used_already_are_refused_by_autograd() -> None:
         optimizer.backward(losses)
         return losses
 
-    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+    # The closure has harmonized: what it returns is left alone.
+    assert isinstance(optimizer.step(closure), Tensor)
+    used = "graph of these losses is gone|modified by an inplace operation"
+    with pytest.raises(RuntimeError, match=used):
         optimizer.step(closure)
 
 
@@ -386,14 +611,20 @@ def test_lbfgs_brings_the_sum_as_low_as_plain_lbfgs(
 # SAM
 
 
-def literal_sam(tasks: int, steps: int) -> dict[str, Tensor]:
-    """Train with SAM around SGD on the update of the paper."""
+def literal_sam(tasks: int, steps: int, *, held: bool) -> dict[str, Tensor]:
+    """Train with SAM around SGD on the update of the paper.
+
+    Args:
+        tasks: number of tasks.
+        steps: number of steps.
+        held: take the weights of the first gradient for the second one, too.
+    """
     model = network(tasks)
     parameters = list(model.parameters())
 
-    def update(seed: int) -> Tensor:
+    def jacobian(seed: int) -> Tensor:
         losses = model(*models.batch(tasks, seed))
-        return literal_update(literal_gradients(losses, parameters))
+        return literal_gradients(losses, parameters)
 
     def move(by: Tensor) -> None:
         parts = torch.split(by, [p.numel() for p in parameters])
@@ -403,17 +634,26 @@ def literal_sam(tasks: int, steps: int) -> dict[str, Tensor]:
 
     momentum = torch.zeros(())
     for seed in range(steps):
-        gradient = update(seed)
+        weights = literal_weights(jacobian(seed))
+        gradient = weights @ jacobian(seed)
         uphill = 0.05 * gradient / gradient.norm()
         move(uphill)
-        momentum = 0.9 * momentum + update(seed)
+        weights = weights if held else literal_weights(jacobian(seed))
+        momentum = 0.9 * momentum + weights @ jacobian(seed)
         move(-uphill - 0.05 * momentum)
     return weights_of(model)
 
 
+def literal_weights(jacobian: Tensor) -> Tensor:
+    """Give the weights of the update of the paper."""
+    rows = jacobian.numpy()
+    multipliers = [nnls(rows.T, -row)[0] for row in rows]
+    return torch.from_numpy(1 + np.sum(multipliers, axis=0))
+
+
 @pytest.mark.parametrize("tasks", [2, 3])
 @pytest.mark.parametrize("returns", ["losses", "total"])
-def test_sam_in_the_wrapper_takes_both_gradients_harmonized(
+def test_sam_in_the_wrapper_holds_the_weights_of_its_first_gradient(
     tasks: int, returns: str
 ) -> None:
     model = network(tasks)
@@ -426,7 +666,9 @@ def test_sam_in_the_wrapper_takes_both_gradients_harmonized(
             optimizer.step(lambda data=data: model(*data))  # type: ignore[misc]  # inferred
         else:
             optimizer.step(explicit_closure(model, optimizer, data))
-    assert_close(weights_of(model), literal_sam(tasks, 5), rtol=1e-10, atol=1e-10)
+    assert_close(
+        weights_of(model), literal_sam(tasks, 5, held=True), rtol=1e-10, atol=1e-10
+    )
 
 
 @pytest.mark.parametrize("tasks", [2, 3])
@@ -446,7 +688,9 @@ def test_sam_around_the_wrapper_takes_two_calls(tasks: int) -> None:
         sam.first_step()
         optimizer.backward(model(*data))
         sam.second_step()
-    assert_close(weights_of(model), literal_sam(tasks, 5), rtol=1e-10, atol=1e-10)
+    assert_close(
+        weights_of(model), literal_sam(tasks, 5, held=False), rtol=1e-10, atol=1e-10
+    )
 
 
 def test_sam_around_the_wrapper_takes_a_closure_that_harmonizes() -> None:
@@ -461,4 +705,6 @@ def test_sam_around_the_wrapper_takes_a_closure_that_harmonizes() -> None:
         closure = explicit_closure(model, optimizer, models.batch(2, seed))
         closure()
         sam.step(closure)  # type: ignore[arg-type]  # a tensor for a number
-    assert_close(weights_of(model), literal_sam(2, 5), rtol=1e-10, atol=1e-10)
+    assert_close(
+        weights_of(model), literal_sam(2, 5, held=False), rtol=1e-10, atol=1e-10
+    )

@@ -1,6 +1,7 @@
 """Losses of every kind, on graphs of every kind, with parameters of every kind."""
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from itertools import permutations
 from typing import Any
@@ -250,16 +251,103 @@ def test_post_accumulate_hooks_see_the_gradient_of_each_task() -> None:
     assert_close(p.grad, 1 + 2 * update_of(ROWS), rtol=1e-12, atol=1e-12)
 
 
-def test_an_optimizer_in_a_hook_is_refused_by_autograd() -> None:
-    """It would step in the middle of the passes."""
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("keeps", [True, False])
+def test_an_optimizer_that_steps_inside_backward_is_refused(
+    layers: int, keeps: bool
+) -> None:
+    """The passes of the later tasks would meet other parameters."""
     model = network(2)
-    model.trunk.append(nn.Linear(8, 8).double())  # type: ignore[operator]  # Sequential
+    if layers == 2:  # then autograd itself sees that a weight has changed
+        model.trunk.append(nn.Linear(8, 8).double())  # type: ignore[operator]  # Sequential
     optimizer = wrap(model)
+
+    def step(parameter: Tensor, each: Optimizer) -> None:
+        each.step()
+        if not keeps:
+            parameter.grad = None
+
     for p in model.parameters():
-        each = SGD([p], lr=0.1)
-        p.register_post_accumulate_grad_hook(lambda _, each=each: each.step())  # type: ignore[no-untyped-call]  # torch's
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        each = partial(step, each=SGD([p], lr=0.1))
+        p.register_post_accumulate_grad_hook(each)  # type: ignore[no-untyped-call]  # torch's
+    with pytest.raises(RuntimeError, match="optimizer that steps inside backward"):
         optimizer.backward(model(*models.batch(2)))
+    assert all(grad is None for grad in grads(model))
+
+
+def test_a_hook_that_takes_a_gradient_away_is_refused() -> None:
+    model = network(2)
+    optimizer = wrap(model)
+    taken: list[Tensor | None] = []
+
+    def take(parameter: Tensor) -> None:
+        taken.append(parameter.grad)
+        parameter.grad = None
+
+    bias = model.trunk[0].bias  # type: ignore[index]  # Sequential
+    handle = bias.register_post_accumulate_grad_hook(take)  # type: ignore[no-untyped-call, operator, union-attr]  # torch's
+    with pytest.raises(
+        RuntimeError, match=r"number 1 of shape \[8\], lost its gradient"
+    ):
+        optimizer.backward(model(*models.batch(2)))
+    assert taken
+    handle.remove()
+    optimizer.backward(model(*models.batch(2)))
+
+
+def with_graph(loss: Tensor, **_: bool) -> None:
+    loss.backward(create_graph=True)  # type: ignore[no-untyped-call]  # torch's
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("before", [None, 1.0])
+def test_products_with_the_hessian_are_those_of_the_weighted_sum(
+    before: float | None, micro_batches: int
+) -> None:
+    model, _ = network(2), None
+    optimizer = wrap(model)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for p in parameters:
+        p.grad = None if before is None else torch.full_like(p, before)
+    data = [models.batch(2, seed) for seed in range(micro_batches)]
+    for seed, batch in enumerate(data, start=1):
+        optimizer.backward(
+            model(*batch), backward_fn=with_graph, accumulate_only=seed < len(data)
+        )
+    assert optimizer.last is not None
+    assert (optimizer.last.weights != 1).any()
+    vectors = [torch.randn_like(p) for p in parameters]
+
+    def product(grads: list[Tensor]) -> list[Tensor]:
+        inner = sum((g * v).sum() for g, v in zip(grads, vectors, strict=True))
+        assert isinstance(inner, Tensor)
+        return list(torch.autograd.grad(inner, parameters))
+
+    weighted = torch.stack(
+        [torch.stack(model(*batch)) @ optimizer.last.weights for batch in data]
+    ).sum()
+    expected = product([*torch.autograd.grad(weighted, parameters, create_graph=True)])
+    made = [p.grad for p in parameters if p.grad is not None]
+    actual = product(made)
+    assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+    plain = [grad - (before or 0) for grad in made]
+    assert_close(
+        plain,
+        [
+            *torch.autograd.grad(
+                torch.stack(
+                    [
+                        torch.stack(model(*batch)) @ optimizer.last.weights
+                        for batch in data
+                    ]
+                ).sum(),
+                parameters,
+            )
+        ],
+        rtol=1e-10,
+        atol=1e-10,
+    )
 
 
 def test_module_backward_hooks_run_once_a_task_and_their_edits_count() -> None:
@@ -815,8 +903,12 @@ def test_heads_in_a_second_optimizer_train_on_the_plain_sum(
         trunk.zero_grad()
         heads.zero_grad()
         trunk.backward(actual(*models.batch(tasks, seed)))
-        for optimizer in (*literal, trunk, heads):
+        for optimizer in (*literal, trunk):
             optimizer.step()
+        # Once: this one's backward is never called, and so nothing is harmonized.
+        warns = second == "harmonized" and not seed
+        with pytest.warns(match="never called") if warns else nullcontext():
+            heads.step()
     assert_close(weights_of(actual), weights_of(expected), rtol=1e-10, atol=1e-10)
 
 

@@ -1,0 +1,210 @@
+"""What a caller gives as losses: checked, named, and each as it enters a total."""
+
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.graph import Node, get_gradient_edge
+
+Losses: TypeAlias = Mapping[str, Tensor] | Iterable[Tensor] | Tensor
+"""One scalar per task: a mapping from names, an iterable, or a 1-D tensor."""
+
+_UNSCALED = (
+    "losses must be scaled one by one, since GradScaler.scale takes no mapping: pass "
+    "{name: scaler.scale(loss) for name, loss in losses.items()}"
+)
+
+_MANY = 32
+"""More tasks than this are a mistake as a rule: losses of samples, not yet averaged."""
+
+
+def named_losses(losses: Losses) -> dict[str, Tensor]:
+    """Check the losses of one step and name those that came without a name 0, 1, ...
+
+    Warns of more than 32 losses: each costs a backward pass.
+
+    Raises:
+        TypeError: if ``losses`` is nothing to iterate over, or a loss is no tensor.
+        ValueError: if there is no loss, a loss is not a real scalar, or no loss
+            requires grad.
+    """
+    named = _named(losses)
+    if not named:
+        raise ValueError("losses must hold at least one loss, got none")
+    for name, loss in named.items():
+        if isinstance(loss, map):
+            raise TypeError(_UNSCALED)
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"losses[{name!r}] must be a tensor, got {type(loss)}")
+        if loss.numel() != 1 or not loss.is_floating_point():
+            given = f"shape {list(loss.shape)} and dtype {loss.dtype}"
+            raise ValueError(f"losses[{name!r}] must be a real scalar, got {given}")
+    if not any(loss.requires_grad for loss in named.values()):
+        raise ValueError(f"losses must require grad, got none that does in {[*named]}")
+    if len(named) > _MANY:
+        warnings.warn(
+            f"losses holds {len(named)} tasks, and each costs a backward pass: losses of "
+            "single samples must be averaged first, as by losses.mean()",
+            stacklevel=2,
+        )
+    return named
+
+
+def _named(losses: Losses) -> dict[str, Tensor]:
+    """Bring losses in any form to that of a dictionary."""
+    if isinstance(losses, Tensor):
+        if losses.dim() == 0:
+            raise ValueError(
+                "losses must be those of the tasks, got their sum, or one loss alone: "
+                "pass [a, b], not a + b, and [loss] for a single task"
+            )
+        if losses.dim() != 1:
+            shape = list(losses.shape)
+            raise ValueError(f"losses as one tensor must be 1-D, got shape {shape}")
+        losses = losses.unbind()
+    if isinstance(losses, Mapping):
+        named = {str(name): loss for name, loss in losses.items()}
+        if len(named) != len(losses):
+            raise ValueError(f"losses must have distinct names, got {[*losses]}")
+        return named
+    if isinstance(losses, Iterable):
+        try:
+            return {str(task): loss for task, loss in enumerate(losses)}
+        except ValueError as error:
+            if isinstance(losses, map):
+                raise TypeError(_UNSCALED) from error
+            raise
+    raise TypeError(f"losses must be a mapping or iterable, got {type(losses)}")
+
+
+def as_in_total(losses: Losses, total: Tensor) -> dict[str, Tensor]:
+    """Give each loss the factor with which it enters a total: d total / d loss.
+
+    For frameworks that want one scalar, and scale or divide it before the backward pass.
+    A loss with the factor 0 comes back without grad, where to ask costs nothing: on the
+    CPU, in a single process.
+
+    Args:
+        losses: scalars, none computed from another; or a 1-D tensor of them.
+        total: scalar computed from them, and from nothing else that requires grad.
+
+    Raises:
+        TypeError: if ``total`` is no tensor, or as :func:`named_losses` does.
+        ValueError: if it is no scalar that requires grad, a loss does not enter it,
+            something else does, or two losses are the same tensor; or as
+            :func:`named_losses` does.
+    """
+    named = named_losses(losses)
+    if not isinstance(total, Tensor):
+        raise TypeError(f"total must be a tensor, got {type(total)}")
+    if total.numel() != 1 or not total.requires_grad:
+        given = f"shape {list(total.shape)}, requires_grad={total.requires_grad}"
+        raise ValueError(f"total must be a scalar that requires grad, got {given}")
+    factors = _factors(losses, named, total)
+    with torch.enable_grad():
+        scaled = {name: loss * factors.get(name, 1) for name, loss in named.items()}
+    alone = not (dist.is_available() and dist.is_initialized())
+    idle = [
+        name for name, factor in factors.items() if alone and _is_known_zero(factor)
+    ]
+    if len(idle) < len(factors):
+        scaled |= {name: scaled[name].detach() for name in idle}
+    return scaled
+
+
+def _factors(
+    losses: Losses, named: dict[str, Tensor], total: Tensor
+) -> dict[str, Tensor]:
+    """Differentiate a total with respect to the losses that require grad."""
+    live = {name: loss for name, loss in named.items() if loss.requires_grad}
+    if len({id(loss) for loss in live.values()}) < len(live):
+        raise ValueError(f"losses in a total must be distinct tensors, got {[*live]}")
+    # Of a 1-D tensor the total knows the whole, not the pieces that it was cut in here.
+    sources = [losses] if isinstance(losses, Tensor) else [*live.values()]
+    for leaf in leaves(total, but_through=sources):
+        raise ValueError(
+            "total must be made of the losses alone, got one that reaches a parameter of "
+            f"shape {list(leaf.shape)} past them: its gradient there would be lost, so "
+            "make that term a loss, or run its backward pass apart"
+        )
+    found: Sequence[Tensor | None] = torch.autograd.grad(
+        total, sources, retain_graph=True, allow_unused=True
+    )
+    if isinstance(losses, Tensor):
+        found = [None] * len(live) if found[0] is None else found[0].unbind()
+    for name, factor in zip(live, found, strict=True):
+        if factor is None:
+            raise ValueError(f"total must contain losses[{name!r}], got one without it")
+    return {
+        name: factor
+        for name, factor in zip(live, found, strict=True)
+        if factor is not None
+    }
+
+
+def leaves(tensor: Tensor, but_through: Sequence[Tensor] = ()) -> Iterator[Tensor]:
+    """List the tensors without a history from which a tensor was computed.
+
+    What a reentrant checkpoint hides is not found.
+
+    Args:
+        tensor: requires grad.
+        but_through: intermediate results, also with grad, past which not to look.
+    """
+    seen = {_edge(end) for end in but_through}
+    stack = [_edge(tensor)]
+    while stack:
+        edge = stack.pop()
+        if edge in seen:
+            continue
+        seen.add(edge)
+        leaf = getattr(edge[0], "variable", None)
+        if isinstance(leaf, Tensor):
+            yield leaf
+        stack += [(node, place) for node, place in edge[0].next_functions if node]
+
+
+def _edge(tensor: Tensor) -> tuple[Node, int]:
+    edge = get_gradient_edge(tensor)
+    return edge.node, edge.output_nr
+
+
+def _is_known_zero(factor: Tensor) -> bool:
+    return factor.device.type == "cpu" and not factor.item()
+
+
+def weighted_sum(losses: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """Sum scalars with constant weights ``[K]``, each in its dtype.
+
+    Raises:
+        ValueError: if a dtype cannot hold a finite weight; on the CPU, where to ask
+            costs nothing.
+    """
+    check_range(weights, (loss.dtype for loss in losses))
+    pairs = zip(weights.unbind(), losses, strict=True)
+    with torch.enable_grad():
+        return torch.stack([w.to(loss) * loss.reshape(()) for w, loss in pairs]).sum()
+
+
+def check_range(weights: Tensor, dtypes: Iterable[torch.dtype]) -> None:
+    """Refuse finite weights that become infinite in one of the dtypes.
+
+    Raises:
+        ValueError: if there are some; on the CPU, where to ask costs nothing.
+    """
+    if weights.device.type != "cpu":
+        return
+    largest = weights.abs().max().item()
+    # Every floating point dtype holds as much as this one.
+    if not torch.finfo(torch.float16).max < largest < math.inf:
+        return
+    for dtype in set(dtypes):
+        if torch.finfo(dtype).max < largest:
+            raise ValueError(
+                f"weighting must return weights that {dtype} can hold, got {largest:g}: "
+                "does it map a Gramian [K, K] to weights [K]?"
+            )
