@@ -321,18 +321,11 @@ class Recorder:
         self.count = 0
         self.lost = 0
         self._steps: deque[_Step] = deque(maxlen=size)
-        self._attached: weakref.WeakKeyDictionary[HarmonizedOptimizer, int] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._handles: list[RemovableHandle] = []
 
     def __getstate__(self) -> dict[str, Any]:
         """Give what a copy needs: it is attached to nothing."""
-        return {k: v for k, v in self.__dict__.items() if k != "_attached"}
-
-    def __setstate__(self, state: Mapping[str, Any]) -> None:
-        """Take what :meth:`__getstate__` gave."""
-        self.__dict__.update(state)
-        self._attached = weakref.WeakKeyDictionary()
+        return {**self.__dict__, "_handles": []}
 
     def attach(
         self, optimizer: HarmonizedOptimizer, *, layers: Layers | None = None
@@ -361,13 +354,17 @@ class Recorder:
                 f"optimizer must be a HarmonizedOptimizer, got {type(optimizer)}; a model "
                 "goes into layers=, a plain loop uses measure(..., recorder=recorder)"
             )
-        if self._attached.get(optimizer) in optimizer._harmonize_hooks:
+        groups = _listed(layers)
+        hooks = optimizer._harmonize_hooks
+        if any(
+            handle.hooks_dict_ref() is hooks and handle.id in hooks
+            for handle in self._handles
+        ):
             raise ValueError(
                 "optimizer must not be attached twice, got one that this recorder records "
                 "already: call remove() on the handle of the first attach(), or make a "
                 "new optimizer and Recorder"
             )
-        groups = _listed(layers)
         # Not the optimizer itself, which holds this hook: both would outlive their use.
         owner = weakref.ref(optimizer)
 
@@ -379,7 +376,7 @@ class Recorder:
             self.record(found, rate=rate, layers=_over(groups, gramian_of))
 
         handle = optimizer.register_harmonize_hook(hook)
-        self._attached[optimizer] = handle.id
+        self._handles.append(handle)
         return handle
 
     def record(
@@ -569,13 +566,14 @@ def _stack(steps: list[_Step]) -> Recording:
 
 def _spread(values: Tensor, names: tuple[str, ...], among: tuple[str, ...]) -> Tensor:
     """Bring values by task, ``[n, k]`` or ``[n, k, k]``, to the places of more tasks."""
-    places = [among.index(name) for name in names]
+    indices = [among.index(name) for name in names]
+    places = torch.tensor(indices, dtype=torch.int64, device="cpu")
     shape = [len(values)] + [len(among)] * (values.dim() - 1)
     spread = values.new_full(shape, math.nan)
     if values.dim() == 2:
         spread[:, places] = values
     else:
-        spread[:, [[place] for place in places], places] = values
+        spread[:, places[:, None], places] = values
     return spread
 
 

@@ -16,6 +16,7 @@ form:
   it to us to unscale the gradients.
 """
 
+import inspect
 import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -349,10 +350,10 @@ class HarmonizedOptimizer(Optimizer):
                     sync_group,
                     accumulate_only=accumulate_only,
                 )
-            if dist.is_available() and dist.is_initialized():
-                agree_on_passes([*shared, *rest], named)
             if ranks is not None:
                 ranks.agree([*named], shared, [*rest, *outside])
+            if dist.is_available() and dist.is_initialized():
+                agree_on_passes([*shared, *rest], named)
             # From here on held by this frame alone, so that an exception drops them.
             collected, summed = progress.take([*named])
             deferral = None
@@ -435,7 +436,8 @@ class HarmonizedOptimizer(Optimizer):
             What the base optimizer returns.
 
         Raises:
-            TypeError: if ``closure`` is not callable.
+            TypeError: if ``closure`` is not callable, or the base optimizer does not take
+                an option.
             ValueError: if both ``closure`` and ``losses`` are given, or a closure to
                 L-BFGS with ``shared_params``: no function has the weighted sum as its
                 gradient in some parameters, and the plain sum in the others.
@@ -444,6 +446,9 @@ class HarmonizedOptimizer(Optimizer):
                 accumulated, and a GradScaler has unscaled the gradients already or ranks
                 would have to average them.
         """
+        for name in options:
+            if not _takes(self.base_optimizer.step, name):
+                raise TypeError(f"step() got an unexpected keyword argument {name!r}")
         if closure is None and losses is None:
             self._finish()
         args = () if closure is None else (closure,)
@@ -849,6 +854,13 @@ def _passing_by(base: Optimizer) -> Iterator[None]:
     finally:
         for kind, hooks in before.items():
             setattr(module, kind, hooks)
+
+
+def _takes(function: Callable[..., Any], keyword: str) -> bool:
+    parameters = inspect.signature(function).parameters
+    return keyword in parameters or any(
+        parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()
+    )
 
 
 def _are_losses(result: Any) -> bool:

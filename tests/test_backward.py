@@ -5,11 +5,21 @@ from typing import Any
 
 import pytest
 import torch
+import torchjd.aggregation
 from torch import Tensor, nn
 from torch.optim import SGD
 from torch.testing import assert_close
+from torchjd.aggregation import UPGrad, UPGradWeighting
 
-from ghopt import HarmonizedOptimizer, gh, ghpp, ghpp_printed, harmonized_loss
+from ghopt import (
+    HarmonizedOptimizer,
+    gh,
+    ghpp,
+    ghpp_printed,
+    harmonized_loss,
+    measure,
+)
+from ghopt.backward import weigh
 from tests import models
 from tests.models import Tasks
 
@@ -139,3 +149,46 @@ def test_it_works_inside_no_grad_and_autocast() -> None:
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         HarmonizedOptimizer(SGD(model.parameters())).backward(losses)
     assert_close([p.grad for p in model.parameters()], expected, rtol=0, atol=0)
+
+
+def test_its_rule_is_gh_unless_another_is_given() -> None:
+    model, losses = conflict()
+    parameters = list(model.parameters())
+    assert harmonized_loss(losses, parameters) == harmonized_loss(
+        losses, parameters, gh
+    )
+
+
+def test_a_parameter_that_is_given_twice_counts_once() -> None:
+    model, losses = conflict()
+    once = list(model.parameters())
+    expected = harmonized_loss(losses, once)
+    assert harmonized_loss(losses, [*once, *model.trunk.parameters()]) == expected
+
+
+def test_the_tensor_of_a_weighting_stays_its_own() -> None:
+    mine = torch.tensor([2.0, 3.0], dtype=torch.float64)
+    weights = weigh(lambda _: mine, torch.eye(2, dtype=torch.float64))
+    assert weights.equal(mine)
+    weights.zero_()  # as a rank does that takes those of the first
+    assert mine.all()
+
+
+@pytest.mark.parametrize("aggregator", [UPGrad(), torchjd.aggregation.Mean()])
+@pytest.mark.parametrize("where", ["optimizer", "loss", "measure"])
+def test_an_aggregator_of_torchjd_is_refused(aggregator: Any, where: str) -> None:
+    model, losses = conflict()
+    parameters = list(model.parameters())
+    name = type(aggregator).__name__
+    uses: dict[str, Callable[[], object]] = {
+        "optimizer": lambda: HarmonizedOptimizer(SGD(parameters), aggregator),
+        "loss": lambda: harmonized_loss(losses, parameters, aggregator),
+        "measure": lambda: measure(losses, parameters, aggregator),
+    }
+    with pytest.raises(TypeError, match=rf"{name}\(\): pass {name}Weighting\(\)"):
+        uses[where]()
+
+
+def test_its_weighting_is_welcome() -> None:
+    model, losses = conflict()
+    HarmonizedOptimizer(SGD(model.parameters()), UPGradWeighting()).backward(losses)

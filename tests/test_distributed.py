@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -328,6 +329,199 @@ def test_the_mean_over_the_ranks_is_the_mean(which: str) -> None:
     for pairs in run_on_ranks(2, means, which):
         for mean, expected in pairs:
             assert_close(mean, expected)
+
+
+# Several models
+
+
+class Parts(nn.Module):
+    """A generator and two heads, each a DDP model, as in MCD, DANN and GANs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.g = nn.Sequential(nn.Linear(6, 8), nn.Tanh()).double()
+        self.f = nn.Linear(8, 1).double()
+        self.d = nn.Linear(8, 1).double()
+
+    def losses(self, g: nn.Module, f: nn.Module, d: nn.Module) -> list[Tensor]:
+        """Two tasks through G and F, of which one also through D."""
+        inputs, _ = models.batch(2)
+        size = dist.get_world_size() if dist.is_initialized() else 1
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        hidden = g(inputs.chunk(size)[rank])
+        out = f(hidden)
+        return [(out - 1).square().mean(), (out + 1).square().mean() + d(hidden).mean()]
+
+
+def step_of_parts(unsynced: str, given: str | None, in_optimizer: str) -> Any:
+    """Run one backward; give the gradients by name, or the error.
+
+    Args:
+        unsynced: the models whose forward pass is under ``no_sync``.
+        given: those of ``sync_group``; "" for the default group, None for none.
+        in_optimizer: those whose parameters are harmonized.
+    """
+    parts = Parts()
+    ddp = {name: DistributedDataParallel(getattr(parts, name)) for name in "gfd"}
+    params = [p for name in in_optimizer for p in getattr(parts, name).parameters()]
+    optimizer = HarmonizedOptimizer(SGD(params, lr=0.1))
+    group: Any = [ddp[name] for name in given] if given else given is not None or None
+    with ExitStack() as stack:
+        for name in unsynced:
+            stack.enter_context(ddp[name].no_sync())
+        try:
+            optimizer.backward(parts.losses(*ddp.values()), sync_group=group)
+        except RuntimeError as error:
+            assert all(grad is None for grad in grads_of(parts))
+            return str(error)
+    return {name: p.grad for name, p in parts.named_parameters()}
+
+
+def grads_of_parts(in_optimizer: str) -> dict[str, Tensor | None]:
+    parts = Parts()
+    params = [p for name in in_optimizer for p in getattr(parts, name).parameters()]
+    optimizer = HarmonizedOptimizer(SGD(params, lr=0.1))
+    optimizer.backward(parts.losses(parts.g, parts.f, parts.d))
+    return {name: p.grad for name, p in parts.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("unsynced", "given", "in_optimizer"),
+    [
+        ("gfd", "gfd", "g"),
+        ("gfd", "dgf", "f"),
+        ("gfd", "gfd", "gfd"),
+        ("gfd", "", "gfd"),  # all that a group needs to know
+        ("gfd", "g", "gfd"),
+        ("gf", "gf", "g"),  # one pass reaches D, which averages it
+    ],
+)
+def test_several_models_are_averaged_together(
+    unsynced: str, given: str, in_optimizer: str
+) -> None:
+    expected = grads_of_parts(in_optimizer)
+    for found in run_on_ranks(2, step_of_parts, unsynced, given, in_optimizer):
+        assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("unsynced", "given", "in_optimizer", "message"),
+    [
+        ("gfd", "g", "g", "Linear, a DDP model that last ran inside no_sync"),
+        ("gfd", "gf", "g", "Linear, a DDP model that last ran inside no_sync"),
+        ("gfd", "", "g", "Linear, a DDP model that last ran inside no_sync"),
+        ("gfd", None, "gfd", "would give other gradients on every rank"),
+        ("g", "g", "g", "Linear, a DDP model beside this optimizer, in 2 backward"),
+        ("gd", "gd", "g", "Linear, a DDP model beside this optimizer, in 2 backward"),
+        ("fd", "fd", "f", "Sequential, a DDP model beside this optimizer, in 2 back"),
+        ("fd", None, "g", "averages the first one only"),
+    ],
+)
+def test_a_model_that_nobody_would_average_is_refused(
+    unsynced: str, given: str | None, in_optimizer: str, message: str
+) -> None:
+    for error in run_on_ranks(2, step_of_parts, unsynced, given, in_optimizer):
+        assert message in error
+        assert "sync_group=" in error
+
+
+def test_models_that_stay_apart_on_purpose_do() -> None:
+    found = run_on_ranks(2, apart_on_purpose)
+    assert not torch.equal(found[0], found[1])
+
+
+def apart_on_purpose() -> Tensor:
+    parts = Parts()
+    ddp = [DistributedDataParallel(getattr(parts, name)) for name in "gfd"]
+    optimizer = HarmonizedOptimizer(SGD(parts.g.parameters(), lr=0.1))
+    with ddp[0].no_sync(), ddp[1].no_sync(), ddp[2].no_sync():
+        optimizer.backward(parts.losses(*ddp), sync_group=False)
+    grad = next(parts.f.parameters()).grad
+    assert grad is not None
+    return grad
+
+
+def odd_groups(which: str) -> str:
+    parts = Parts()
+    other = dist.new_group([0, 1])
+    groups = [None, other if which == "two groups" else None]
+    ddp: Any = [
+        DistributedDataParallel(module, process_group=group)
+        for module, group in zip((parts.g, parts.f), groups, strict=True)
+    ]
+    given: Any = {"two groups": ddp, "a module": [ddp[0], parts.f], "none": []}[which]
+    optimizer = HarmonizedOptimizer(SGD(parts.parameters(), lr=0.1))
+    with ddp[0].no_sync(), ddp[1].no_sync():
+        losses = parts.losses(*ddp, parts.d)
+        try:
+            optimizer.backward(losses, sync_group=given)
+        except (TypeError, ValueError) as error:
+            return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("which", "message"),
+    [
+        ("two groups", "of one process group, got several"),
+        ("a module", r"DDP models only, got <class"),
+        ("none", "a DDP model, got an empty list"),
+    ],
+)
+def test_models_of_no_one_group_are_refused(which: str, message: str) -> None:
+    for error in run_on_ranks(2, odd_groups, which):
+        assert error.startswith("sync_group must hold")
+        assert message in error
+
+
+def late_step(group: Any) -> tuple[str, list[Tensor | None]]:
+    """Step with nothing but accumulated micro-batches."""
+    ddp, optimizer, model = ddp_step()
+    with ddp.no_sync():
+        losses = ddp(*share(*models.batch(2)))
+        given = {"model": ddp}.get(group, group)
+        optimizer.backward(losses, accumulate_only=True, sync_group=given)
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        # The micro-batches are still there, for the call that the error asks for.
+        with ddp.no_sync():
+            losses = ddp(*share(*models.batch(2)))
+            optimizer.backward(losses, sync_group=ddp)
+        return str(error), grads_of(model)
+    return "", grads_of(model)
+
+
+@pytest.mark.parametrize("group", ["model", True, None])
+def test_a_step_does_not_harmonize_what_ranks_would_have_to_average(group: Any) -> None:
+    model = models.make(models.heads_on_a_trunk, 2)
+    literal = HarmonizedOptimizer(SGD(model.parameters(), lr=0.1))
+    literal.backward([2 * loss for loss in model(*models.batch(2))])
+    for error, grads in run_on_ranks(2, late_step, group):
+        assert "without accumulate_only, with sync_group" in error
+        assert_close(grads, grads_of(model), rtol=1e-12, atol=1e-12)
+
+
+def test_a_step_harmonizes_what_shall_stay_local() -> None:
+    for error, grads in run_on_ranks(2, late_step, False):
+        assert not error
+        assert all(grad is not None for grad in grads)
+
+
+def fixed_weights() -> list[float]:
+    """Average with a weighting that returns a tensor of its own, another on each rank."""
+    mine = torch.tensor([1.0, 2.0 + dist.get_rank()], dtype=torch.float64)
+    model = models.make(models.heads_on_a_trunk, 2)
+    optimizer = HarmonizedOptimizer(SGD(model.parameters()), lambda _: mine)
+    optimizer.backward(model(*models.batch(2)), sync_group=True)
+    assert optimizer.last is not None
+    assert optimizer.last.weights.tolist() == [1.0, 2.0]
+    return mine.tolist()
+
+
+def test_the_tensor_of_a_weighting_is_not_overwritten() -> None:
+    assert run_on_ranks(2, fixed_weights) == [[1.0, 2.0], [1.0, 3.0]]
 
 
 # What would go wrong is refused
