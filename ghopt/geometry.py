@@ -329,8 +329,8 @@ def _enumerated(system: Tensor) -> Callable[[Tensor], Tensor]:
     Returns:
         From the right sides of all rows, ``[K, K]``, to the rows.
     """
-    tasks = torch.arange(len(system), device=system.device)
-    subsets = torch.arange(2 ** len(system), device=system.device)
+    tasks = torch.arange(len(system), dtype=torch.int64, device=system.device)
+    subsets = torch.arange(2 ** len(system), dtype=torch.int64, device=system.device)
     active = (subsets[:, None] >> tasks & 1).bool()  # [2**K, K], the empty set first
     factors = _factors(system, active)
 

@@ -484,3 +484,46 @@ def test_losses_of_several_dtypes_are_of_one_step() -> None:
     cast = [losses[0].float(), losses[1].bfloat16(), losses[2]]
     plain_step(wrap(actual), cast)
     assert_close(weights_of(actual), weights_of(expected), rtol=0, atol=0)
+
+
+# Micro-batches that were only accumulated
+
+
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_a_late_step_after_unscaling_is_refused_and_loses_nothing(
+    by_hand: bool,
+) -> None:
+    """What is pending is scaled still: the scaler has no part in it."""
+    model, expected = models.make(models.one_head_for_all, 2), None
+    optimizer, scaler = wrap(model), new_scaler()
+    optimizer.backward(scaler.scale(model(*models.batch(2, 0))))
+    losses = [*scaler.scale(model(*models.batch(2, 1)))]
+    optimizer.backward(losses, retain_graph=True, accumulate_only=True)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    if by_hand:
+        scaler.unscale_(optimizer)
+    with pytest.raises(
+        RuntimeError, match=r"before unscale_\(\) and step\(\) of the sc"
+    ):
+        (optimizer if by_hand else scaler).step(*(() if by_hand else (optimizer,)))
+    assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+    # The micro-batch is there still, for the call that the error asks for.
+    model.zero_grad()
+    optimizer.backward(losses)
+    twice = [p.grad for p in model.parameters()]
+    expected = models.make(models.one_head_for_all, 2)
+    literal = wrap(expected)
+    literal.backward([2 * loss for loss in scaler.scale(expected(*models.batch(2, 1)))])
+    assert_close(twice, [p.grad for p in expected.parameters()])
+
+
+def test_a_late_step_before_unscaling_is_all_right() -> None:
+    model = models.make(models.one_head_for_all, 2)
+    optimizer, scaler = wrap(model), new_scaler()
+    optimizer.backward(scaler.scale(model(*models.batch(2, 0))))
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    optimizer.backward(model(*models.batch(2, 1)), accumulate_only=True)
+    optimizer.step()
+    assert optimizer.last is not None

@@ -308,7 +308,7 @@ def test_a_closure_may_only_accumulate() -> None:
             late: bool = late,
             model: Tasks = model,
             optimizer: HarmonizedOptimizer = optimizer,
-        ) -> list[Tensor]:
+        ) -> Any:
             optimizer.zero_grad()
             losses = model(*models.batch(2))
             optimizer.backward(losses, accumulate_only=late)
@@ -473,16 +473,16 @@ def test_one_element_after_a_backward_pass_is_a_number(clears: bool) -> None:
     optimizer = wrap(model)
     optimizer.backward(model(*models.batch(1)))  # or step would warn
 
-    def closure() -> Tensor:
+    def closure() -> Any:
         if clears:
             model.zero_grad()
         (loss,) = model(*models.batch(1))
-        loss.backward()  # type: ignore[no-untyped-call]  # torch's
+        loss.backward()
         return loss.view(1)
 
     value: Any = optimizer.step(closure)
     assert value.shape == (1,)
-    number = torch.ones(1)
+    number: Any = torch.ones(1)
     assert optimizer.step(lambda: number) is number
 
 

@@ -285,7 +285,7 @@ def test_a_hook_that_takes_a_gradient_away_is_refused() -> None:
         parameter.grad = None
 
     bias = model.trunk[0].bias  # type: ignore[index]  # Sequential
-    handle = bias.register_post_accumulate_grad_hook(take)  # type: ignore[no-untyped-call, operator, union-attr]  # torch's
+    handle = bias.register_post_accumulate_grad_hook(take)
     with pytest.raises(
         RuntimeError, match=r"number 1 of shape \[8\], lost its gradient"
     ):

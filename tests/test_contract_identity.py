@@ -300,19 +300,19 @@ def test_repr_shows_the_repr_of_the_base(case: Case) -> None:
 
 
 def test_names_that_only_the_base_has_are_written_to_the_base() -> None:
-    _, optimizer = wrapped(ADAMW)
-    base: Any = optimizer.base_optimizer
+    optimizer: Any = wrapped(ADAMW)[1]
+    base = optimizer.base_optimizer
     base.temperature = 1.0
-    optimizer.temperature = 2.0  # type: ignore[attr-defined]  # the base's
+    optimizer.temperature = 2.0
     assert base.temperature == 2.0
     assert "temperature" not in vars(optimizer)
     optimizer.measure_every = 3
     optimizer.weighting = ghpp
-    optimizer.note = "mine"  # type: ignore[attr-defined]  # nobody's yet
+    optimizer.note = "mine"
     assert not {"measure_every", "weighting", "note"} & vars(base).keys()
     base.note = "theirs"
-    assert optimizer.note == "mine"  # type: ignore[attr-defined]  # since then ours
-    optimizer.step = lambda: None  # type: ignore[method-assign]  # as a scheduler does
+    assert optimizer.note == "mine"
+    optimizer.step = lambda: None  # as a scheduler does
     assert "step" not in vars(base)
 
 

@@ -375,6 +375,38 @@ def test_layers_from_iterators_serve_at_every_step() -> None:
         recorder.attach(optimizer, layers={"w": next(model.parameters())})
 
 
+def test_a_recorder_is_not_attached_twice() -> None:
+    """Cells of a notebook are run again."""
+    model = models.make(models.heads_on_a_trunk, 2)
+    optimizer, other = (
+        HarmonizedOptimizer(SGD(model.parameters(), RATE)) for _ in range(2)
+    )
+    recorder = Recorder()
+    handle = recorder.attach(optimizer)
+    with pytest.raises(
+        ValueError, match=r"attached twice, .* on the handle of the first"
+    ):
+        recorder.attach(optimizer, layers=model)
+    recorder.attach(other)
+    Recorder().attach(optimizer)
+    handle.remove()
+    recorder.attach(optimizer)
+    copy = pickle.loads(pickle.dumps(recorder))
+    copy.attach(optimizer)
+
+
+def test_mixed_up_arguments_are_told_apart() -> None:
+    model = models.make(models.heads_on_a_trunk, 2)
+    optimizer = HarmonizedOptimizer(SGD(model.parameters(), RATE))
+    with pytest.raises(TypeError, match=r"make a Recorder\(\), then recorder.attach"):
+        Recorder(optimizer)  # type: ignore[arg-type]  # the point
+    with pytest.raises(TypeError, match=r"size must be an int, got 2\.5"):
+        Recorder(2.5)  # type: ignore[arg-type]  # the point
+    for wrong in (model, optimizer.base_optimizer):
+        with pytest.raises(TypeError, match="optimizer must be a HarmonizedOptimizer"):
+            Recorder().attach(wrong)  # type: ignore[arg-type]  # the point
+
+
 def test_a_recorder_keeps_no_optimizer_alive() -> None:
     model = models.make(models.heads_on_a_trunk, 2)
     optimizer = HarmonizedOptimizer(SGD(model.parameters(), RATE))

@@ -453,7 +453,7 @@ def odd_groups(which: str) -> str:
     given: Any = {"two groups": ddp, "a module": [ddp[0], parts.f], "none": []}[which]
     optimizer = HarmonizedOptimizer(SGD(parts.parameters(), lr=0.1))
     with ddp[0].no_sync(), ddp[1].no_sync():
-        losses = parts.losses(*ddp, parts.d)
+        losses = parts.losses(ddp[0], ddp[1], parts.d)
         try:
             optimizer.backward(losses, sync_group=given)
         except (TypeError, ValueError) as error:

@@ -125,6 +125,61 @@ def test_shards_equal_one_process_on_the_whole_batch(
         assert_close(weights, expected, rtol=1e-12, atol=1e-12)
 
 
+def pass_of_unlike_losses(how: str) -> str:
+    """Give rank 1 another set of losses that require grad; give the error."""
+    shape = (2, 2) if how == "on a mesh of two axes" else (dist.get_world_size(),)
+    mesh = init_device_mesh("cpu", shape)
+    model = sharded(models.heads_on_a_trunk, 2, mesh)
+    optimizer = HarmonizedOptimizer(SGD(model.parameters(), lr=0.1))
+    a, b = model(*share(*models.batch(2)))
+    losses = {"a": a, "b": b}
+    if dist.get_rank() == 1:
+        match how:
+            case "a constant" | "on a mesh of two axes" | "a constant, as a group":
+                losses["b"] = torch.zeros((), dtype=torch.float64)
+            case "a constant with the cure":
+                losses["b"] = 0 * b
+            case "a task less":
+                del losses["b"]
+            case "other names":
+                losses = {"a": a, "c": b}
+    if how == "constants on all ranks":
+        losses["b"] = torch.zeros((), dtype=torch.float64)
+    group = True if how == "a constant, as a group" else None
+    try:
+        optimizer.backward(losses, sync_group=group)
+    except ValueError as error:
+        assert all(parameter.grad is None for parameter in model.parameters())
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("how", "size", "message"),
+    [
+        ("a constant", 2, "task 'b' without on rank(s) [1]"),
+        ("a constant, as a group", 2, "task 'b' without on rank(s) [1]"),
+        pytest.param(
+            "on a mesh of two axes",
+            4,
+            "task 'b' without on rank(s) [1]",
+            marks=pytest.mark.slow,
+        ),
+        ("a task less", 2, "without on rank(s) [1]"),
+        ("other names", 2, "must be those of the same tasks on all ranks"),
+        ("a constant with the cure", 2, ""),
+        ("constants on all ranks", 2, ""),
+    ],
+)
+def test_a_rank_that_would_skip_a_pass_is_named(
+    how: str, size: int, message: str
+) -> None:
+    for error in run_on_ranks(size, pass_of_unlike_losses, how, timeout=20):
+        assert message in error
+        assert bool(error) == bool(message)
+        assert ("0 * out.sum()" in error) == ("without" in message)
+
+
 def train_partly_sharded() -> dict[str, Tensor]:
     model = models.make(models.heads_on_a_trunk, 2)
     fully_shard(model, ignored_params=set(model.heads.parameters()))

@@ -45,7 +45,7 @@ def test_a_sum_of_losses_is_told_from_a_list_of_them() -> None:
 def test_a_scaled_mapping_is_told_how_to_be_scaled(keys: Any) -> None:
     _, optimizer, losses = step_input()
     scaler = GradScaler("cpu")
-    scaled: Any = scaler.scale(dict(zip(keys, losses, strict=True)))  # type: ignore[arg-type]  # the point
+    scaled: Any = scaler.scale(dict(zip(keys, losses, strict=True)))
     with pytest.raises(TypeError, match=r"pass \{name: scaler.scale\(loss\) for name"):
         optimizer.backward(scaled)
     by_name = {
@@ -57,7 +57,7 @@ def test_a_scaled_mapping_is_told_how_to_be_scaled(keys: Any) -> None:
 def test_a_scaled_iterator_of_losses_is_all_right() -> None:
     model, optimizer, losses = step_input()
     scaler = GradScaler("cpu", init_scale=2.0)
-    scaled: Any = scaler.scale(iter(losses))  # type: ignore[arg-type]  # also a map
+    scaled: Any = scaler.scale(iter(losses))
     optimizer.backward(scaled)
     expected, literal, losses = step_input()
     literal.backward([2 * loss for loss in losses])
@@ -108,7 +108,7 @@ def test_losses_may_be_one_tensor_in_a_total(how: str) -> None:
     total = {"weights": whole @ factors, "mean": whole.mean(), "sum": whole.sum()}[how]
     optimizer.backward(whole, total=total)
     expected, literal, (a, b) = step_input()
-    by = {"weights": factors, "mean": (0.5, 0.5), "sum": (1, 1)}[how]
+    by = {"weights": [0.3, 2.0], "mean": [0.5, 0.5], "sum": [1.0, 1.0]}[how]
     literal.backward([by[0] * a, by[1] * b])
     assert_close(grads(model), grads(expected))
 
@@ -150,12 +150,13 @@ def test_what_else_is_in_the_total_is_an_error(extra: str, as_tensor: bool) -> N
         "penalty": sum(p.square().sum() for p in model.parameters()),
         "weight of a loss": scale.sum() * losses[0].detach(),
     }[extra]
-    total = (given.sum() if as_tensor else sum(losses)) + more
+    total: Any = (given.sum() if as_tensor else sum(losses)) + more
     with pytest.raises(ValueError, match="its gradient there would be lost"):
         optimizer.backward(given, total=total)
     assert all(grad is None for grad in grads(model))
     # A constant is no such thing, nor is a factor without grad.
-    optimizer.backward(losses, total=3 * sum(losses) / torch.tensor(2.0) + 5)
+    constant = torch.tensor(2.0)
+    optimizer.backward(losses, total=3 * torch.stack(losses).sum() / constant + 5)
 
 
 def test_leaves_are_all_that_a_loss_was_computed_from() -> None:

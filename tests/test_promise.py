@@ -156,7 +156,7 @@ def test_a_task_is_opposed_by_no_more_than_the_docstring_says() -> None:
 
 def test_float32_gradients_that_cancel_are_summed_in_float64() -> None:
     big = torch.tensor([1.0, 2.0, 3.0])
-    tasks = [[big.clone()], [-big + torch.tensor([2**-20, 0, 0])]]
+    tasks: Gradients = [[big.clone()], [-big + torch.tensor([2**-20, 0, 0])]]
     weights = torch.tensor([3.0, 3.0000001], dtype=torch.float64)
     expected = weights @ flat(tasks)
     products = gramian(tasks)
