@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ghopt.distributed import Ranks, local, placed_as
 from ghopt.geometry import Weighting, gh
 from ghopt.gradients import gramian
-from ghopt.losses import Losses, named_losses, weighted_sum
+from ghopt.losses import Losses, named_losses, warn_of_many, weighted_sum
 
 BackwardFn: TypeAlias = Callable[..., object]
 """What runs one pass: called as ``backward_fn(loss, retain_graph=...)``."""
@@ -318,6 +318,7 @@ def harmonized_loss(
         ValueError: likewise, or if no loss reaches any of ``params``.
     """
     tasks = list(named_losses(losses).values())
+    warn_of_many(tasks)
     wanted = trained(params)
     products = gramian(task_gradients(tasks, wanted))
     return weighted_sum(tasks, weigh(weighting, products))

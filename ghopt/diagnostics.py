@@ -27,7 +27,7 @@ from torch.utils.hooks import RemovableHandle
 from ghopt.backward import task_gradients, trained, weigh
 from ghopt.geometry import Weighting, cosines, gh
 from ghopt.gradients import gramian, gramian_over
-from ghopt.losses import Losses, named_losses
+from ghopt.losses import Losses, named_losses, warn_of_many
 from ghopt.optimizer import GramianOf, Harmonization, HarmonizedOptimizer
 
 Layers: TypeAlias = nn.Module | Mapping[str, Iterable[Tensor]]
@@ -444,6 +444,7 @@ def measure(
             no loss reaches any of ``params``.
     """
     named = named_losses(losses)
+    warn_of_many(named)
     wanted = trained(params)
     rows = task_gradients(list(named.values()), wanted)
     products = gramian(rows)

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import TypeAlias
 
 import torch
@@ -25,8 +25,6 @@ _MANY = 32
 def named_losses(losses: Losses) -> dict[str, Tensor]:
     """Check the losses of one step and name those that came without a name 0, 1, ...
 
-    Warns of more than 32 losses: each costs a backward pass.
-
     Raises:
         TypeError: if ``losses`` is nothing to iterate over, or a loss is no tensor.
         ValueError: if there is no loss, a loss is not a real scalar, or no loss
@@ -45,13 +43,17 @@ def named_losses(losses: Losses) -> dict[str, Tensor]:
             raise ValueError(f"losses[{name!r}] must be a real scalar, got {given}")
     if not any(loss.requires_grad for loss in named.values()):
         raise ValueError(f"losses must require grad, got none that does in {[*named]}")
-    if len(named) > _MANY:
-        warnings.warn(
-            f"losses holds {len(named)} tasks, and each costs a backward pass: losses of "
-            "single samples must be averaged first, as by losses.mean()",
-            stacklevel=2,
-        )
     return named
+
+
+def warn_of_many(losses: Sized) -> None:
+    """Warn of more than 32 tasks, which looks like a program that hangs."""
+    if len(losses) > _MANY:
+        warnings.warn(
+            f"losses holds {len(losses)} tasks, and each costs a backward pass: losses of "
+            "single samples must be averaged first, as by losses.mean()",
+            stacklevel=3,
+        )
 
 
 def _named(losses: Losses) -> dict[str, Tensor]:

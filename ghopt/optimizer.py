@@ -55,7 +55,13 @@ from ghopt.distributed import (
 )
 from ghopt.geometry import Weighting, cosines, gh
 from ghopt.gradients import combine, gramian, gramian_over
-from ghopt.losses import Losses, as_in_total, named_losses, weighted_sum
+from ghopt.losses import (
+    Losses,
+    as_in_total,
+    named_losses,
+    warn_of_many,
+    weighted_sum,
+)
 
 Closure: TypeAlias = Callable[[], Any]
 """Evaluates the model; returns a number, a scalar tensor or the losses of the tasks."""
@@ -201,9 +207,8 @@ class HarmonizedOptimizer(Optimizer):
             weighted sum; the other parameters of the optimizer receive the plain sum.
             By default all parameters of the optimizer are shared. What is remembered is
             their place in the groups, where a parameter may be replaced by another.
-        measure_every: measure the conflict in every so many calls of ``backward`` (of
-            the whole accumulation, if there is one), and in between run a single
-            pass of the losses summed with the last weights: the paper's equivalent
+        measure_every: measure the conflict in every so many steps, and in between run a
+            single pass of the losses summed with the last weights: the paper's equivalent
             model (eq. 44 and 45). 1, the default, is exact. With more the weights are
             those of earlier parameters and data, *all* parameters that the losses reach
             receive the weighted sum, also those outside this optimizer, and the update
@@ -226,8 +231,9 @@ class HarmonizedOptimizer(Optimizer):
         deferred: as given.
 
     Raises:
-        TypeError: if ``base_optimizer`` is no optimizer, ``weighting`` not callable or
-            ``shared_params`` no iterable of parameters, ``measure_every`` no whole number.
+        TypeError: if ``base_optimizer`` is no optimizer or harmonized already,
+            ``weighting`` not callable or an aggregator of TorchJD, ``shared_params`` no
+            iterable of parameters, ``measure_every`` no whole number.
         ValueError: if ``shared_params`` is empty or holds one that is not in
             ``base_optimizer``, or ``measure_every`` is less than 1, or more with
             ``shared_params``: one pass cannot give both sums.
@@ -286,29 +292,35 @@ class HarmonizedOptimizer(Optimizer):
         drops what was collected. (Parameters outside keep the passes that finished, as
         after any failing ``backward``.)
 
+        Where all (shared) parameters are frozen there is nothing to measure: one pass of
+        the plain sum runs, and ``last`` stays as it is.
+
         Args:
             losses: one real scalar per task: a mapping from names, a list or other
                 iterable, or a 1-D tensor. With weights of your own already in them.
             total: a scalar made of the losses, by a framework that scales or divides
                 it: each loss counts with the factor with which it enters the total.
                 Nothing else that requires grad may be in it, and no loss be computed
-                from another.
+                from another. On the CPU a task with the factor 0 costs no pass.
             retain_graph: keep the graph after the last pass.
             backward_fn: runs each pass in place of ``loss.backward``, called as
-                ``backward_fn(loss, retain_graph=...)``.
+                ``backward_fn(loss, retain_graph=...)``. If it runs
+                ``loss.backward(create_graph=True)``, and lets ``retain_graph`` be, the
+                harmonized gradient can be differentiated; the weights are constant.
             accumulate_only: keep the gradients of the tasks apart, to be added to those
                 of the next call, and leave ``.grad`` alone. For all micro-batches but
-                the last: harmonizing each by itself is another algorithm. ``step`` and
-                ``zero_grad`` of this optimizer drop what was kept; those of the model
-                or of the base optimizer cannot.
+                the last: harmonizing each by itself is another algorithm. ``step``
+                harmonizes what is still kept, ``zero_grad`` of this optimizer drops it;
+                ``zero_grad`` of the model or of the base optimizer cannot.
             sync_group: average the gradients of each task over these ranks before they
-                are harmonized: a DDP model, with this call *and* the forward pass
-                inside its ``no_sync()``; or a process group, or True for the default
-                one. Nothing is sent where ``accumulate_only``. With a model, its
-                parameters outside this optimizer are averaged, too, and parameters may
-                stand in the groups in any order. DTensors whose mesh holds these ranks
-                (FSDP2) are averaged already. All ranks take the weights of the first.
-                False: leave the gradients of each rank as they are, on purpose.
+                are harmonized: a DDP model, or a list of all DDP models that the losses
+                reach, with this call *and* the forward pass inside their ``no_sync()``;
+                or a process group, or True for the default one. Nothing is sent where
+                ``accumulate_only``. The parameters of the models that are outside this
+                optimizer are averaged, too, and parameters may stand in the groups in
+                any order. DTensors whose mesh holds these ranks (FSDP2) are averaged
+                already. All ranks take the weights of the first. False: leave the
+                gradients of each rank as they are, on purpose.
 
         Raises:
             TypeError: if ``losses`` is not iterable, a loss or ``total`` no tensor,
@@ -318,11 +330,13 @@ class HarmonizedOptimizer(Optimizer):
                 grad, the tasks are not those of the micro-batches before or of the
                 other ranks, ``total`` is not made of the losses, no loss reaches a
                 (shared) parameter of this optimizer, the weighting returns anything but
-                K weights, there is no process group or it is a model that cannot be
-                used.
-            RuntimeError: if a pass fails, with its cure if a compiled model fails for
-                donated buffers; if another rank fails or does not come; if a DDP model
-                of the parameters would average the first pass only, or none.
+                K weights or one that the gradients' dtype cannot hold, there is no
+                process group or it is a model that cannot be used, ranks of sharded
+                parameters would run other passes.
+            RuntimeError: if a pass fails, with its cure if the graph was used before, or
+                if a compiled model fails for donated buffers; if a parameter changes
+                during the passes; if another rank fails or does not come; if a DDP model
+                that the losses reach would average the first pass only, or none.
         """
         if backward_fn is not None and not callable(backward_fn):
             raise TypeError(f"backward_fn must be callable, got {backward_fn!r}")
@@ -339,6 +353,7 @@ class HarmonizedOptimizer(Optimizer):
             named = (
                 named_losses(losses) if total is None else as_in_total(losses, total)
             )
+            warn_of_many(named)
             reused = self._reusable(named, shared)
             if reused:
                 named = _in_one(named, reused)
