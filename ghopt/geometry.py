@@ -217,10 +217,11 @@ def _gh(gramian: Tensor) -> Tensor:
         gramian = gramian.double()
         squares = gramian.diagonal().clamp(min=torch.finfo(gramian.dtype).tiny)
         coefficients = gramian.neg().clamp_(min=0).div_(squares).fill_diagonal_(1)
-        return coefficients + _poison(gramian)
+        return _poisoned(coefficients, gramian)
     matrix, scale = _rescaled(gramian)
     rows = _multipliers(matrix)
-    return _identity(matrix) + rows * (scale / scale[:, None]) + _poison(gramian)
+    coefficients = _identity(matrix) + rows * (scale / scale[:, None])
+    return _poisoned(coefficients, gramian)
 
 
 def _ghpp(gramian: Tensor, lam: float) -> Tensor:
@@ -236,7 +237,7 @@ def _ghpp(gramian: Tensor, lam: float) -> Tensor:
         rotation = _rotation(matrix, scale, lam, _resolution(gramian.dtype))
     else:
         rotation = _frame(matrix, scale, _resolution(gramian.dtype))
-    return rotation + _poison(gramian)
+    return _poisoned(rotation, gramian)
 
 
 def _ghpp_balanced(gramian: Tensor) -> Tensor:
@@ -245,10 +246,11 @@ def _ghpp_balanced(gramian: Tensor) -> Tensor:
     _check_at_most_two(gramian)
     matrix, scale = _rescaled(gramian)
     if len(matrix) == 1:
-        return _identity(matrix) + _poison(gramian)
+        return _poisoned(_identity(matrix), gramian)
     norms = matrix.diagonal().sqrt() / scale
     lam = torch.atan2(norms[0], norms[1]) * (2 / math.pi)
-    return _rotation(matrix, scale, lam, _resolution(gramian.dtype)) + _poison(gramian)
+    rotation = _rotation(matrix, scale, lam, _resolution(gramian.dtype))
+    return _poisoned(rotation, gramian)
 
 
 def _ghpp_printed(gramian: Tensor, lam: float) -> Tensor:
@@ -258,10 +260,10 @@ def _ghpp_printed(gramian: Tensor, lam: float) -> Tensor:
     _check_at_most_two(gramian)
     matrix, _ = _rescaled(gramian)
     if len(matrix) == 1:
-        return _identity(matrix) + _poison(gramian)
+        return _poisoned(_identity(matrix), gramian)
     excess = torch.atan2(matrix[0, 1].neg().clamp(min=0), _determinant(matrix).sqrt())
     tau = [1 + 2 * (lam * excess / 2).sin(), 1 - 2 * ((1 - lam) * excess / 2).sin()]
-    return torch.stack(tau).diag() + _poison(gramian)
+    return _poisoned(torch.stack(tau).diag(), gramian)
 
 
 def _rescaled(gramian: Tensor) -> tuple[Tensor, Tensor]:
@@ -270,7 +272,7 @@ def _rescaled(gramian: Tensor) -> tuple[Tensor, Tensor]:
     The scales are powers of two, so no entry is rounded, and no product of entries
     overflows. A zero gradient becomes one orthogonal to all others, which no rule
     touches. A Gramian with a non-finite entry becomes the identity: eigh would refuse
-    it. The caller adds :func:`_poison`.
+    it. The caller calls :func:`_poisoned`.
     """
     gramian = gramian.double()
     exponent = torch.frexp(gramian.diagonal()).exponent
@@ -502,9 +504,10 @@ def _identity(matrix: Tensor) -> Tensor:
     return torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
 
 
-def _poison(gramian: Tensor) -> Tensor:
-    """Zero, or NaN if any entry is not finite."""
-    return (gramian - gramian).sum(dtype=torch.float64)
+def _poisoned(coefficients: Tensor, gramian: Tensor) -> Tensor:
+    """Make coefficients NaN if any entry of the Gramian is not finite."""
+    # Zero times the sum: 0, or NaN if the sum is not finite.
+    return torch.add(coefficients, gramian.sum(dtype=torch.float64), alpha=0)
 
 
 def _check(gramian: Tensor) -> None:
