@@ -183,11 +183,10 @@ def _cancel(gramian: Tensor, weights: Tensor) -> bool:
     """Say whether gradients cancel in their weighted sum, or may."""
     # In plain numbers: for few tasks quicker than a single call of torch.
     rows, factors = gramian.tolist(), weights.tolist()
-    lengths = [row[task] ** 0.5 for task, row in enumerate(rows)]
+    lengths = [math.sqrt(row[task]) for task, row in enumerate(rows)]
     reach = sum(map(mul, map(abs, factors), lengths))
-    square: float = sum(
-        map(mul, factors, (sum(map(mul, factors, row)) for row in rows))
-    )
+    slopes = [sum(map(mul, factors, row)) for row in rows]
+    square: float = sum(map(mul, factors, slopes))
     return square <= (_REMAINDER * reach) ** 2
 
 

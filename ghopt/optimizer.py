@@ -27,7 +27,7 @@ from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.amp.grad_scaler import OptState
 from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -775,10 +775,11 @@ class HarmonizedOptimizer(Optimizer):
 
     def _places(self, shared_params: Iterable[Tensor]) -> frozenset[tuple[int, int]]:
         """Find the places of the shared parameters."""
-        if isinstance(shared_params, Tensor) or not isinstance(shared_params, Iterable):
-            kind = type(shared_params)
+        is_other = isinstance(shared_params, Tensor | nn.Module)
+        if is_other or not isinstance(shared_params, Iterable):
             raise TypeError(
-                f"shared_params must be an iterable of parameters, got {kind}"
+                f"shared_params must be an iterable of parameters, got "
+                f"{type(shared_params)}: pass trunk.parameters()"
             )
         wanted = list(shared_params)
         if not wanted:
