@@ -186,8 +186,8 @@ def _cancel(gramian: Tensor, weights: Tensor) -> bool:
     lengths = [math.sqrt(row[task]) for task, row in enumerate(rows)]
     reach = sum(map(mul, map(abs, factors), lengths))
     slopes = [sum(map(mul, factors, row)) for row in rows]
-    square: float = sum(map(mul, factors, slopes))
-    return square <= (_REMAINDER * reach) ** 2
+    square = sum(map(mul, factors, slopes))
+    return bool(square <= (_REMAINDER * reach) ** 2)
 
 
 def _add_rest(parameters: list[_Entries], weights: Tensor, *, wide: bool) -> None:
