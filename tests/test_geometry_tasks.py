@@ -346,6 +346,12 @@ def test_the_gh_diagonal_is_1_and_nothing_is_negative(
     assert (coefficients.diagonal() == 1).all()
 
 
+def test_rounding_leaves_no_coefficient_below_zero() -> None:
+    rows = [[-1, -2, -1], [3, 1, -2], [1, 3, -2], [-2, 0, 2]]
+    jacobian = torch.tensor(rows, dtype=torch.float64)
+    assert (geometry.gh_coefficients(gramian(jacobian)) >= 0).all()
+
+
 def test_gh_adds_no_multiple_of_a_gradient_to_itself() -> None:
     """Where nothing remains, a multiple of the whole combination would do as well."""
     jacobian = torch.zeros(8, 4, dtype=torch.float64)

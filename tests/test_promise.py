@@ -154,12 +154,13 @@ def test_a_task_is_opposed_by_no_more_than_the_docstring_says() -> None:
             assert opposed >= -3 * 1e-8
 
 
-def test_float32_gradients_that_cancel_are_summed_in_float64() -> None:
+@pytest.mark.parametrize("known", [True, False])
+def test_float32_gradients_that_cancel_are_summed_in_float64(known: bool) -> None:
     big = torch.tensor([1.0, 2.0, 3.0])
     tasks: Gradients = [[big.clone()], [-big + torch.tensor([2**-20, 0, 0])]]
     weights = torch.tensor([3.0, 3.0000001], dtype=torch.float64)
     expected = weights @ flat(tasks)
-    products = gramian(tasks)
+    products = gramian(tasks) if known else None
     (update,) = combine(tasks, weights, products)
     assert update is not None
     assert update.equal(expected.float())
