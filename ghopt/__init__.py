@@ -1,7 +1,5 @@
 """Exact Gradient Harmonization (GH, GH++) for multi-task training with PyTorch."""
 
-from ghopt.backward import harmonized_loss
-from ghopt.diagnostics import Recorder, Recording, measure
 from ghopt.geometry import (
     Weighting,
     gh,
@@ -13,14 +11,18 @@ from ghopt.geometry import (
     ghpp_printed,
     ghpp_printed_coefficients,
 )
-from ghopt.optimizer import Harmonization, HarmonizedOptimizer
+from ghopt.harmonize import Accumulation, Harmonization, backward, harmonized_loss
+from ghopt.optimizer import HarmonizedOptimizer
+from ghopt.recording import Recorder, Recording, measure
 
 __all__ = [
+    "Accumulation",
     "Harmonization",
     "HarmonizedOptimizer",
     "Recorder",
     "Recording",
     "Weighting",
+    "backward",
     "gh",
     "gh_coefficients",
     "ghpp",

@@ -20,79 +20,36 @@ import inspect
 import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, TypeAlias
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp.grad_scaler import OptState
 from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from ghopt.backward import (
-    BackwardFn,
-    Collected,
+from ghopt.geometry import Weighting, gh
+from ghopt.harmonize import (
+    LATE,
+    Accumulation,
+    Harmonization,
+    HarmonizeHook,
+    Options,
+    Outcome,
     check_weighting,
-    collect,
-    out_of_reach,
-    set_aside,
-    weigh,
+    finish,
+    run,
 )
-from ghopt.deferred import Deferral, defer
-from ghopt.distributed import (
-    Living,
-    Ranks,
-    Replicas,
-    SyncGroup,
-    agree_on_passes,
-    also_trained,
-    models_of,
-    process_group,
-    together,
-)
-from ghopt.geometry import Weighting, cosines, gh
-from ghopt.gradients import combine, gramian, gramian_over
-from ghopt.losses import (
-    Losses,
-    as_in_total,
-    named_losses,
-    warn_of_many,
-    weighted_sum,
-)
+from ghopt.living import Living
+from ghopt.losses import Losses, named_losses, weighted_sum
+from ghopt.passes import BackwardFn, Roles
+from ghopt.ranks import Replicas, SyncGroup
 
 Closure: TypeAlias = Callable[[], Any]
 """Evaluates the model; returns a number, a scalar tensor or the losses of the tasks."""
-
-
-@dataclass(frozen=True)
-class Harmonization:
-    """What one ``backward`` found and did. Reading a value waits for the device.
-
-    Attributes:
-        names: of the tasks, in the order of the rows below.
-        gramian: inner products of the task gradients before harmonization, over the
-            shared parameters, shape ``[K, K]``, float64.
-        weights: of the task gradients in the update (tau), shape ``[K]``, float64.
-    """
-
-    names: tuple[str, ...]
-    gramian: Tensor
-    weights: Tensor
-
-    @property
-    def cosines(self) -> Tensor:
-        """Cosines between the task gradients, shape ``[K, K]``; 0 with a zero one."""
-        return cosines(self.gramian)
-
-
-GramianOf: TypeAlias = Callable[[Iterable[Tensor]], Tensor]
-"""Inner products of the task gradients over some parameters, ``[K, K]``, float64."""
-
-HarmonizeHook: TypeAlias = Callable[[Harmonization, GramianOf], None]
-"""What :meth:`HarmonizedOptimizer.register_harmonize_hook` takes."""
 
 
 @dataclass
@@ -100,11 +57,7 @@ class _Progress:
     """All that changes between calls: see the module's docstring.
 
     Attributes:
-        collected: gradients of the shared parameters that await the last micro-batch,
-            by the name of the task.
-        summed: those of the other parameters, of all tasks.
-        is_weighed: whether they are those of one weighted sum, not of tasks.
-        is_local: whether they are those of this rank alone, and must be averaged.
+        accumulation: micro-batches that await the last one.
         last: what the last harmonization found and did.
         steps: number of steps that the weights in ``last`` have served.
         is_measured: whether they serve the step to come, or in progress.
@@ -116,10 +69,7 @@ class _Progress:
         scalers: its gradient scalers.
     """
 
-    collected: dict[str, Collected] = field(default_factory=dict)
-    summed: Collected = field(default_factory=dict)
-    is_weighed: bool = False
-    is_local: bool = False
+    accumulation: Accumulation = field(default_factory=Accumulation)
     last: Harmonization | None = None
     steps: int = 0
     is_measured: bool = False
@@ -134,49 +84,34 @@ class _Progress:
 
     def forget(self) -> None:
         """Drop a started accumulation."""
-        self.collected.clear()
-        self.summed.clear()
+        self.accumulation.forget()
         self.values.clear()
-        self.is_weighed = self.is_local = False
 
-    def take(self, names: list[str]) -> tuple[list[Collected], Collected]:
-        """Hand over a started accumulation of these tasks, and the sums.
-
-        Raises:
-            ValueError: if it is one of other tasks.
-        """
-        if self.collected and self.collected.keys() != {*names}:
-            raise ValueError(
-                f"losses must be those of tasks {[*self.collected]}, got {names}"
-            )
-        taken = [self.collected.get(name, {}) for name in names], dict(self.summed)
-        self.collected.clear()
-        self.summed.clear()
-        return taken
-
-    def keep(
-        self,
-        names: Iterable[str],
-        collected: Iterable[Collected],
-        summed: Mapping[Tensor, Tensor | None],
-    ) -> None:
-        """Keep the gradients of one more micro-batch, with those before it."""
-        self.collected.update(zip(names, collected, strict=True))
-        self.summed.update({p: g for p, g in summed.items() if g is not None})
-
-    def evaluate(self, losses: Mapping[str, Tensor]) -> None:
-        """Add up the losses of a micro-batch, if a closure is asking for them."""
+    def note(self, outcome: Outcome) -> None:
+        """Note what a ``backward`` did."""
+        if outcome.found is not None:
+            self.last, self.steps, self.is_measured = outcome.found, 0, True
+        elif outcome.reused is not None and not self.accumulation:
+            self.is_measured = outcome.reused is self.last
         if self.is_stepping:
-            for name, loss in losses.items():
-                value = loss.detach().reshape(())
-                self.values[name] = self.values.get(name, 0) + value
+            self._evaluate(outcome)
 
-    def weigh_values(self, names: Iterable[str], weights: Tensor) -> None:
-        """Note the weighted sum of the losses since the last harmonization."""
-        if self.values:
-            value = weighted_sum([self.values[name] for name in names], weights)
-            self.value = value if self.value is None else self.value + value
-            self.values.clear()
+    def _evaluate(self, outcome: Outcome) -> None:
+        """Add up the losses of an evaluation by a closure, and weigh them at its end."""
+        for name, loss in outcome.losses.items():
+            value = loss.detach().reshape(())
+            self.values[name] = self.values.get(name, 0) + value
+        if self.accumulation or not self.values:
+            return
+        if outcome.found is None:
+            weights = torch.ones(len(self.values), dtype=torch.float64, device="cpu")
+            values = [*self.values.values()]
+        else:
+            weights = outcome.found.weights
+            values = [self.values[name] for name in outcome.found.names]
+        value = weighted_sum(values, weights)
+        self.value = value if self.value is None else self.value + value
+        self.values.clear()
 
     def end_step(self) -> None:
         """Forget what was for this step only."""
@@ -342,84 +277,20 @@ class HarmonizedOptimizer(Optimizer):
             raise TypeError(f"backward_fn must be callable, got {backward_fn!r}")
         progress = self._progress
         progress.is_known = True
-        # By identity: a compiled module cannot say whether it is true.
-        group = None if sync_group is False else sync_group
-        if group is not None:
-            process_group(group)
-        shared, rest = self._parameters()
-        outside = also_trained(models_of(group), [*shared, *rest])
-        talks = nullcontext() if group is None or accumulate_only else together(group)
-        with talks as ranks:
-            named = (
-                named_losses(losses) if total is None else as_in_total(losses, total)
-            )
-            warn_of_many(named)
-            reused = self._reusable(named, shared)
-            if reused:
-                named = _in_one(named, reused)
-            is_local = group is not None
-            if is_local or sum(loss.requires_grad for loss in named.values()) > 1:
-                is_local |= progress.replicas.check(
-                    [*shared, *rest],
-                    named.values(),
-                    sync_group,
-                    accumulate_only=accumulate_only,
-                )
-            if ranks is not None:
-                ranks.agree([*named], shared, [*rest, *outside])
-            if dist.is_available() and dist.is_initialized():
-                agree_on_passes([*shared, *rest], named)
-            # From here on held by this frame alone, so that an exception drops them.
-            collected, summed = progress.take([*named])
-            deferral = None
-            if self.deferred and backward_fn is None and not accumulate_only:
-                deferral = defer([*named.values()], shared)
-            with set_aside([*shared, *rest]) as grads:
-                for parameter in rest:
-                    parameter.grad = summed.pop(parameter, None)
-                with out_of_reach(grads):
-                    collect(
-                        list(named.values()),
-                        shared,
-                        rest,
-                        collected,
-                        retain_graph=retain_graph,
-                        backward_fn=deferral.backward if deferral else backward_fn,
-                        ranks=ranks,
-                        outside=outside,
-                    )
-                if deferral and not deferral.settle(collected):
-                    deferral = None
-                sums = [parameter.grad for parameter in rest]
-                if not (deferral or reused or any(collected)):
-                    which = "parameter" if self._shared is None else "shared parameter"
-                    raise ValueError(
-                        f"losses must reach a {which} of this optimizer, got none"
-                    )
-                progress.evaluate(named)
-                if accumulate_only:
-                    added: list[Tensor | None] = [None] * len(grads)
-                elif reused:
-                    if ranks is not None:
-                        ranks.settle(reused.weights)
-                    added = [collected[0].get(parameter) for parameter in shared] + sums
-                else:
-                    weighted = self._harmonize(
-                        [*named], shared, collected, ranks, deferral
-                    )
-                    added = weighted + sums
-                for parameter, grad, more in zip(
-                    [*shared, *rest], grads, added, strict=True
-                ):
-                    parameter.grad = _accumulate(grad, more)
-        if accumulate_only:
-            progress.keep(named, collected, dict(zip(rest, sums, strict=True)))
-            progress.is_weighed = reused is not None
-            progress.is_local |= is_local
-        elif reused:
-            progress.weigh_values(named, torch.ones_like(reused.weights[:1]))
-            progress.is_measured = reused is progress.last
-        progress.is_weighed &= accumulate_only
+        options = Options(
+            total, retain_graph, backward_fn, accumulate_only, sync_group, self.deferred
+        )
+        outcome = run(
+            losses,
+            self._roles(),
+            self.weighting,
+            options,
+            progress.accumulation,
+            progress.replicas,
+            self._reusable,
+            [*self._harmonize_hooks.values()],
+        )
+        progress.note(outcome)
 
     def step(  # type: ignore[override]  # one more way to call it than the base class
         self,
@@ -674,35 +545,17 @@ class HarmonizedOptimizer(Optimizer):
     def _finish(self) -> None:
         """Harmonize micro-batches that were only accumulated, into ``.grad``."""
         progress = self._progress
-        names = [*progress.collected]
-        if not names:
+        if not progress.accumulation:
             return
-        cure = "give the last micro-batch to backward() without accumulate_only"
-        if progress.is_local:
-            raise RuntimeError(
-                "micro-batches were only accumulated, and their gradients are those of "
-                f"this rank: {cure}, with sync_group"
-            )
         if any(_has_unscaled(scaler, self) for scaler in progress.scalers()):
             raise RuntimeError(
                 "micro-batches were only accumulated, and a GradScaler has unscaled the "
-                f"gradients already: {cure}, before unscale_() and step() of the scaler"
+                f"gradients already: {LATE}, before unscale_() and step() of the scaler"
             )
-        shared, rest = self._parameters()
-        is_weighed = progress.is_weighed
-        collected, summed = progress.take(names)
-        progress.is_weighed = False
-        if is_weighed:
-            added = [collected[0].get(parameter) for parameter in shared]
-            progress.weigh_values(
-                names, torch.ones(1, dtype=torch.float64, device="cpu")
-            )
-            progress.is_measured = progress.last is not None
-        else:
-            added = self._harmonize(names, shared, collected, None, None)
-        sums = [summed.get(parameter) for parameter in rest]
-        for parameter, more in zip([*shared, *rest], [*added, *sums], strict=True):
-            parameter.grad = _accumulate(parameter.grad, more)
+        hooks = [*self._harmonize_hooks.values()]
+        progress.note(
+            finish(self._roles(), self.weighting, progress.accumulation, hooks)
+        )
 
     def _grads(self) -> list[Tensor]:
         parameters = (parameter for _, parameter in self._placed())
@@ -729,38 +582,26 @@ class HarmonizedOptimizer(Optimizer):
             (isinstance(rate, Tensor) and rate.is_meta) or bool(rate) for rate in rates
         )
 
-    def _parameters(self) -> tuple[list[Tensor], list[Tensor]]:
-        """List the parameters to serve: the shared ones, and the rest."""
-        progress = self._progress
+    def _roles(self) -> Roles:
+        """Tell the shared parameters from the others, as far as they are trained."""
         # A parameter frozen since the last micro-batch keeps what was collected for it.
-        started = {p for task in progress.collected.values() for p in task}
-        started.update(progress.summed)
+        started = self._progress.accumulation.parameters
         # Dictionaries, since one parameter may stand in a group twice.
-        shared: dict[Tensor, None] = {}
-        rest: dict[Tensor, None] = {}
+        harmonized: dict[Tensor, None] = {}
+        summed: dict[Tensor, None] = {}
         for place, parameter in self._placed():
             if parameter.requires_grad or parameter in started:
                 is_shared = self._shared is None or place in self._shared
-                (shared if is_shared else rest)[parameter] = None
-        return list(shared), list(rest)
+                (harmonized if is_shared else summed)[parameter] = None
+        return Roles([*harmonized], [*summed], [])
 
-    def _reusable(
-        self, losses: Mapping[str, Tensor], shared: list[Tensor]
-    ) -> Harmonization | None:
-        """Give the last measurement, or a trivial one, if there is none to be made.
+    def _reusable(self, losses: Mapping[str, Tensor]) -> Harmonization | None:
+        """Give the last measurement, if it serves these losses once more.
 
         Raises:
             RuntimeError: if there was one for this step, with shared parameters alone.
         """
         progress, last = self._progress, self._progress.last
-        if progress.collected and not progress.is_weighed:
-            return None
-        if not any(parameter.requires_grad for parameter in shared):
-            like = next(iter(losses.values()))
-            ones = torch.ones(len(losses), dtype=torch.float64, device=like.device)
-            return Harmonization(
-                tuple(losses), ones.new_zeros(len(ones), len(ones)), ones
-            )
         is_held = progress.is_stepping and progress.is_measured
         if is_held and self._shared is not None:
             raise RuntimeError(f"closure must harmonize once in a step: {_NO_FUNCTION}")
@@ -797,45 +638,6 @@ class HarmonizedOptimizer(Optimizer):
                 )
         members = set(wanted)
         return frozenset(place for place, p in self._placed() if p in members)
-
-    def _harmonize(
-        self,
-        names: list[str],
-        shared: list[Tensor],
-        collected: list[Collected],
-        ranks: Ranks | None,
-        deferral: Deferral | None,
-    ) -> list[Tensor | None]:
-        """Combine the gradients of the tasks, and note how."""
-        gradients = [
-            [task.get(parameter) for parameter in shared] for task in collected
-        ]
-        products = deferral.gramian() if deferral else None
-        if products is None:
-            products = gramian(gradients)
-        elif any(collected):
-            products = products + gramian(gradients).to(products.device)
-        weights = weigh(self.weighting, products)
-        if ranks is not None:
-            weights = ranks.settle(weights)
-        found = Harmonization(tuple(names), products, weights)
-
-        def gramian_of(parameters: Iterable[Tensor]) -> Tensor:
-            """See ``register_harmonize_hook``."""
-            wanted = set(parameters)
-            made = deferral.gramian(wanted) if deferral else torch.zeros_like(products)
-            rest = gramian_over(collected, [p for p in shared if p in wanted])
-            return made if rest is None else made + rest.to(made.device)
-
-        for hook in list(self._harmonize_hooks.values()):
-            hook(found, gramian_of)
-        made = deferral.combine(weights) if deferral else {}
-        summed = combine(gradients, weights, products)
-        progress = self._progress
-        progress.last, progress.steps, progress.is_measured = found, 0, True
-        progress.weigh_values(names, weights)
-        sums = zip(shared, summed, strict=True)
-        return [made.get(parameter, total) for parameter, total in sums]
 
 
 _NO_FUNCTION = (
@@ -902,24 +704,3 @@ def _has_unscaled(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> bool:
     """Say whether a scaler has unscaled the gradients of the step to come."""
     state = scaler._per_optimizer_states.get(id(optimizer))
     return state is not None and state["stage"] is not OptState.READY
-
-
-def _in_one(losses: Mapping[str, Tensor], last: Harmonization) -> dict[str, Tensor]:
-    """Sum the losses with the weights of a measurement; a task of its own."""
-    # If they were not finite, as with an overflow under loss scaling, no more than that
-    # one step shall suffer.
-    weights = dict(zip(last.names, last.weights.nan_to_num(1, 1, 1), strict=True))
-    ordered = torch.stack([weights[name] for name in losses])
-    name = f"weighted sum of {sorted(losses)}"
-    return {name: weighted_sum([*losses.values()], ordered)}
-
-
-def _accumulate(grad: Tensor | None, added: Tensor | None) -> Tensor | None:
-    """Add to ``.grad`` as autograd does: in place, where both are dense."""
-    if grad is None or added is None:
-        return added if grad is None else grad
-    has_graph = grad.requires_grad or added.requires_grad
-    if grad.layout is added.layout is torch.strided and not has_graph:
-        return grad.add_(added)
-    # torch adds a sparse tensor to a dense one, not the reverse.
-    return added + grad if grad.is_sparse else grad + added

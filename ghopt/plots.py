@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from torch import Tensor
 
-from ghopt.diagnostics import Recording
+from ghopt.recording import Recording
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,13 +13,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ghopt.diagnostics import Recording
 from ghopt.plots import (
     conflict_shares,
     layer_shares,
     new_figure,
     plots_of,
 )
+from ghopt.recording import Recording
 
 FEWEST_STEPS = 30
 """Of fewer steps nothing is concluded."""

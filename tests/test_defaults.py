@@ -17,7 +17,7 @@ import ghopt
 from ghopt import HarmonizedOptimizer, Recorder, geometry, harmonized_loss, measure
 from ghopt.report import judge
 from tests import models
-from tests.test_optimizer import grads
+from tests.literal import grads
 
 _FACTORIES = (
     *("tensor", "as_tensor", "zeros", "ones", "empty", "full", "eye", "arange"),

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from ghopt import HarmonizedOptimizer
-from ghopt.deferred import defer
+from ghopt.gradients.deferred import defer
 
 Losses: TypeAlias = list[Tensor]
 
@@ -281,7 +281,7 @@ def test_any_network_comes_out_the_same_when_all_that_can_be_is_deferred(
     case: Case,
 ) -> None:
     ordinary = step(case, deferred=False)
-    with patch("ghopt.deferred._pays", lambda rows, *_: rows > 0):
+    with patch("ghopt.gradients.deferred._pays", lambda rows, *_: rows > 0):
         other = step(case, deferred=True)
     # A gradient may be what remains where much larger ones cancel each other.
     lengths = (
@@ -470,7 +470,7 @@ def test_a_weight_in_another_product_goes_the_ordinary_way(
     check(case, {FIRST})
     ordinary = step(case, deferred=False)
     # Not because of the many rows.
-    with patch("ghopt.deferred._pays", lambda rows, *_: rows > 0):
+    with patch("ghopt.gradients.deferred._pays", lambda rows, *_: rows > 0):
         same(step(case, deferred=True), ordinary)
 
 
@@ -772,7 +772,8 @@ def test_complex_weights_go_the_ordinary_way() -> None:
     torch.manual_seed(0)
     model = nn.Linear(260, 300).to(torch.complex128)
     tasks = losses(model(inputs().to(torch.complex128)).abs())
-    assert defer(tasks, model.parameters()) is None
+    named = dict(zip("abc", tasks, strict=False))
+    assert defer(named, model.parameters()) is None
 
 
 def test_sparse_inputs_send_a_layer_the_ordinary_way() -> None:
@@ -913,7 +914,9 @@ def test_under_compiled_autograd_the_ordinary_way_is_taken() -> None:
     optimizer = HarmonizedOptimizer(SGD(model.parameters()), deferred=True)
     with (
         compiled_autograd._enable(compiler),
-        patch("ghopt.deferred.Deferral", side_effect=AssertionError("deferred")),
+        patch(
+            "ghopt.gradients.deferred.Deferral", side_effect=AssertionError("deferred")
+        ),
     ):
         optimizer.backward(tasks)
     same(finished(model, optimizer, Products()), ordinary)

@@ -21,11 +21,11 @@ from torch.optim import SGD, AdamW
 from torch.testing import assert_close
 
 from ghopt import HarmonizedOptimizer
-from ghopt.distributed import Ranks
+from ghopt.ranks import Ranks
 from tests import models
+from tests.literal import literal_step, weights_of
 from tests.models import Tasks
 from tests.ranks import RankError, run_on_ranks
-from tests.test_optimizer import literal_step, weights_of
 
 STEPS = 20
 
@@ -806,7 +806,7 @@ def failing_packing() -> str:
     with ddp.no_sync(), pytest.MonkeyPatch.context() as patch:
         losses = ddp(*models.batch(2))
         if dist.get_rank() == 1:
-            patch.setattr("ghopt.distributed._packed", fail)
+            patch.setattr("ghopt.ranks.agreement._packed", fail)
         try:
             optimizer.backward(losses, sync_group=ddp)
         except torch.OutOfMemoryError as error:

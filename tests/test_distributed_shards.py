@@ -31,10 +31,10 @@ from torch.testing import assert_close
 
 from ghopt import HarmonizedOptimizer, Recorder, measure
 from tests import models
+from tests.literal import literal_update
 from tests.models import Tasks
 from tests.ranks import run_on_ranks
 from tests.test_distributed import STEPS, one_process, share
-from tests.test_optimizer import literal_update
 
 
 def full(tensor: Tensor | None) -> Tensor | None:
@@ -345,7 +345,9 @@ def unsynchronised_accumulation() -> str:
 
 def test_gradients_that_fsdp_keeps_to_itself_are_missed() -> None:
     for error in run_on_ranks(2, unsynchronised_accumulation):
-        assert error == "losses must reach a parameter of this optimizer, got none"
+        assert (
+            error == "losses must reach a parameter that is to be harmonized, got none"
+        )
 
 
 def train_from(start: int, stop: int, folder: Path | None, saves: bool) -> Any:

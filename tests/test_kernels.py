@@ -27,8 +27,8 @@ pytest.importorskip("triton", reason="the kernels need the extra [triton]")
 import triton
 import triton.language as tl
 
-from ghopt import gradients as gradients_module
-from ghopt import kernels
+from ghopt.gradients import kernels, products
+from tests import rows as arithmetic
 
 Parameters = list[dict[int, Tensor]]
 """The gradients of each parameter by task."""
@@ -606,11 +606,11 @@ def test_the_engine_gives_the_same_with_and_without_kernels(
 
         monkeypatch.setattr(kernels, name, noted)
     for fused in [False, True]:
-        monkeypatch.setattr(gradients_module, "_on_gpu", lambda _, fused=fused: fused)
+        monkeypatch.setattr(products, "_on_gpu", lambda _, fused=fused: fused)
         rows = [of_many_kinds(task) for task in range(tasks)]
-        products = gradients_module.gramian(rows)
-        summed = gradients_module.combine(rows, weights)
-        results[fused] = products, [g if g is None else g.to_dense() for g in summed]
+        found = arithmetic.gramian(rows)
+        summed = arithmetic.combine(rows, weights)
+        results[fused] = found, [g if g is None else g.to_dense() for g in summed]
     assert_close(results[True], results[False])
     # One for each dtype, complex numbers counting as pairs of floats.
     kinds = 0 if tasks == 9 else 3 if tasks == 1 else 4

@@ -14,8 +14,8 @@ from torch.testing import assert_close
 from ghopt import HarmonizedOptimizer, harmonized_loss, measure
 from ghopt.losses import as_in_total, leaves, named_losses, weighted_sum
 from tests import models
+from tests.literal import grads
 from tests.models import Tasks
-from tests.test_optimizer import grads
 
 
 def step_input() -> tuple[Tasks, HarmonizedOptimizer, list[Tensor]]:

@@ -8,10 +8,8 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from scipy.optimize import nnls
 from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, AdamW, Optimizer, RMSprop
 from torch.optim.optimizer import (
@@ -22,12 +20,19 @@ from torch.testing import assert_close
 from torchjd.aggregation import PCGradWeighting
 
 from ghopt import HarmonizedOptimizer, gh, ghpp
-from ghopt.optimizer import Harmonization
+from ghopt.harmonize import Harmonization
 from tests import models
+from tests.literal import (
+    Parameters,
+    grads,
+    literal_gradients,
+    literal_step,
+    literal_update,
+    weights_of,
+)
 from tests.models import Tasks
 
 Base = Callable[..., Optimizer]
-Parameters = list[nn.Parameter]
 
 BASES: dict[str, Base] = {
     "SGD": lambda params: SGD(params, lr=0.05),
@@ -38,53 +43,6 @@ BASES: dict[str, Base] = {
 }
 base_optimizers = pytest.mark.parametrize("base", BASES.values(), ids=[*BASES])
 networks = pytest.mark.parametrize("network", models.NETWORKS)
-
-
-def literal_update(jacobian: Tensor) -> Tensor:
-    """Sum the projections of the gradients on their dual cone (lemma 1, eq. 28).
-
-    By Moreau, g minus its projection is the nearest point of the cone that the negative
-    gradients span.
-    """
-    rows = jacobian.numpy()
-    projections = [row + rows.T @ nnls(rows.T, -row)[0] for row in rows]
-    return torch.from_numpy(np.sum(projections, axis=0))
-
-
-def literal_gradients(losses: list[Tensor], parameters: Parameters) -> Tensor:
-    """Take the gradients one by one, zeros where a task does not reach a parameter."""
-    rows = []
-    for loss in losses:
-        grads = torch.autograd.grad(
-            loss, parameters, retain_graph=True, allow_unused=True
-        )
-        entries = zip(grads, parameters, strict=True)
-        dense = [torch.zeros_like(p) if g is None else g for g, p in entries]
-        rows.append(torch.cat([entry.reshape(-1) for entry in dense]))
-    return torch.stack(rows)
-
-
-def literal_step(losses: list[Tensor], parameters: Parameters, base: Optimizer) -> bool:
-    """Step on the update of the paper; say whether any two tasks were in conflict."""
-    trained = [p for p in parameters if p.requires_grad]
-    jacobian = literal_gradients(losses, trained)
-    update = literal_update(jacobian)
-    for p, part in zip(
-        trained, torch.split(update, [p.numel() for p in trained]), strict=True
-    ):
-        # None where no task reaches: AdamW must not decay such a parameter.
-        reached = any(
-            torch.autograd.grad(loss, p, retain_graph=True, allow_unused=True)[0]
-            is not None
-            for loss in losses
-        )
-        p.grad = part.view_as(p) if reached else None
-    base.step()
-    return bool((jacobian @ jacobian.T < 0).any())
-
-
-def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
 
 
 def training(network: Callable[[int], Tasks], tasks: int) -> tuple[Tasks, Parameters]:
@@ -138,10 +96,6 @@ def step_input(tasks: int = 2) -> tuple[Tasks, HarmonizedOptimizer, list[Tensor]
     model = models.make(models.heads_on_a_trunk, tasks)
     optimizer = HarmonizedOptimizer(SGD(model.parameters(), lr=0.1))
     return model, optimizer, model(*models.batch(tasks))
-
-
-def grads(model: nn.Module) -> list[Tensor | None]:
-    return [p.grad for p in model.parameters()]
 
 
 @pytest.mark.parametrize(
@@ -546,6 +500,11 @@ def test_steps_are_counted_and_not_calls_of_backward() -> None:
     assert len(measured) == 4  # twice each in the first step and in the third
     optimizer.backward(model(*models.batch(2)))
     optimizer.zero_grad()  # a step that is not taken serves nobody
+    optimizer.backward(model(*models.batch(2)))
+    assert len(measured) == 6
+    optimizer.step()
+    optimizer.step()  # on the same gradients: no weights served it
+    optimizer.zero_grad()
     optimizer.backward(model(*models.batch(2)))
     assert len(measured) == 6
 

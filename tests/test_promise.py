@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from ghopt import HarmonizedOptimizer, gh
-from ghopt.gradients import combine, gramian
 from tests.networks import Gradients, flat, network_gradients, seeds, widths
+from tests.rows import combine, gramian
 from tests.strategies import fewer_examples
 
 # Opposition as a cosine, and the effect of another order of the tasks in lengths of the

@@ -6,11 +6,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from benchmarks.speed.bandwidth import stored
 from benchmarks.speed.methods import Method
 from benchmarks.speed.problems import Problem, make, make_pair
 from benchmarks.speed.results import Figure, attempt
 from ghopt import Weighting, gh
-from ghopt.gradients import gramian
 
 RATIOS = (1, 10, 100, 1000)
 _BLOCK = 2**20
@@ -108,7 +108,7 @@ def _dots(rows: Tensor) -> Tensor:
 
 
 _GRAMIANS: dict[str, Callable[[Tensor], Tensor]] = {
-    "ghopt": lambda rows: gramian([[row] for row in rows]),
+    "ghopt": lambda rows: stored([[row] for row in rows]).gramian(),
     "torch.dot": _dots,
     "matrix product": lambda rows: rows @ rows.T,
 }

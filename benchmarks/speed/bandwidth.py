@@ -15,7 +15,7 @@ from benchmarks.speed.measure import WARM_UPS, make_timer, spread
 from benchmarks.speed.problems import make
 from benchmarks.speed.results import Figure
 from ghopt import gh
-from ghopt.gradients import combine, gramian
+from ghopt.gradients import StoredGradients
 
 SHARE = "share of the bandwidth of a copy"
 LAUNCHES = "kernel launches"
@@ -57,7 +57,20 @@ def count_launches(rows: Sequence[Sequence[Tensor]]) -> int:
 
 def harmonize(rows: Sequence[Sequence[Tensor]]) -> None:
     """Harmonize gradients in place, as one step does."""
-    combine(rows, gh(gramian(rows)))
+    gradients = stored(rows)
+    products = gradients.gramian()
+    gradients.combine(gh(products), products)
+
+
+def stored(rows: Sequence[Sequence[Tensor]]) -> StoredGradients:
+    """Take rows, one for each task, for what the passes of a step left."""
+    names = [str(task) for task in range(len(rows))]
+    parameters = list(rows[0])  # any tensors will do for their names
+    by_task = {
+        name: dict(zip(parameters, row, strict=True))
+        for name, row in zip(names, rows, strict=True)
+    }
+    return StoredGradients(names, parameters, by_task)
 
 
 def _share(

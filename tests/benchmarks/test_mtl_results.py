@@ -28,7 +28,7 @@ from benchmarks.mtl.train import (
     time_ratio,
 )
 from ghopt import Recorder, Recording, gh
-from ghopt.optimizer import Harmonization
+from ghopt.harmonize import Harmonization
 from tests.benchmarks.test_mtl_problems import use_small_digits
 
 SMALL = PROBLEMS["adversarial-small"]

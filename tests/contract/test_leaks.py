@@ -324,7 +324,7 @@ def test_a_dropped_wrapper_takes_base_and_gradients_with_it(
     optimizer.backward(model(*models.batch(3)), accumulate_only=True)
     dropped = (optimizer, optimizer.base_optimizer)
     held: list[weakref.ref[Optimizer]] = [weakref.ref(one) for one in dropped]
-    collected = optimizer._progress.collected.values()
+    collected = optimizer._progress.accumulation.collected.values()
     gradients = [weakref.ref(grad) for task in collected for grad in task.values()]
     assert len(gradients) == 12
     del optimizer, schedule, collected, dropped

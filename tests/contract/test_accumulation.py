@@ -12,8 +12,8 @@ from torch.testing import assert_close
 from ghopt import HarmonizedOptimizer
 from tests import models
 from tests.bases import Base, every_base
+from tests.literal import grads, literal_gradients, literal_update, weights_of
 from tests.models import Tasks
-from tests.test_optimizer import grads, literal_gradients, literal_update, weights_of
 
 Batch = tuple[Tensor, Tensor]
 Rows = list[list[float] | None]

@@ -31,7 +31,7 @@ class Training:
 
     def held(self) -> list[object]:
         """List what a refused call must leave alone."""
-        collected = self.optimizer._progress.collected
+        collected = self.optimizer._progress.accumulation.collected
         return [
             self.model.state_dict(),
             [p.grad for p in self.model.parameters()],
@@ -49,7 +49,7 @@ class Training:
         assert_close(self.held(), before, rtol=0, atol=0)
         assert self.optimizer.state_dict()["param_groups"] == groups
         assert self.optimizer.last is last
-        assert len(self.optimizer._progress.collected) == 2
+        assert len(self.optimizer._progress.accumulation.collected) == 2
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,7 @@ def test_bad_weights_change_neither_grad_nor_weights_nor_state(
         training.optimizer.backward(training.losses())
     # An exception after the passes drops what was collected.
     assert_close(training.held()[:3], before[:3], rtol=0, atol=0)
-    assert training.optimizer._progress.collected == {}
+    assert training.optimizer._progress.accumulation.collected == {}
     assert training.optimizer.last is last
 
 

@@ -1,43 +1,36 @@
-"""Gradients of K tasks: their Gramian, and their weighted sum in place.
+"""Inner products and weighted sums of the gradients of K tasks, parameter by parameter.
 
-The gradients of one task are a list with one entry per parameter, ``None`` where the
-task does not reach the parameter; the lists of all tasks follow the same parameters.
-An entry may have any floating-point or complex dtype (a complex number counts as a pair
-of reals) and any strides, be sparse, or be a DTensor without partial values. Nothing here
-knows how gradients are made.
+The gradients of one parameter are :data:`Entries`: a dictionary from the number of the
+task, missing where it does not reach the parameter. An entry may have any floating-point
+or complex dtype (a complex number counts as a pair of reals) and any strides, be sparse,
+or be a DTensor without partial values. Nothing here knows how gradients are made.
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable
 from functools import cache, reduce
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import combinations_with_replacement
 from operator import mul
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from ghopt.distributed import (
+from ghopt.forms import (
     as_real,
-    is_dtensor,
     local,
-    shard_groups,
-    sum_over,
     writable,
 )
-from ghopt.losses import check_range
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-TaskGradients: TypeAlias = Sequence[Sequence[Tensor | None]]
-"""``[K][P]``: one list per task, one entry per parameter."""
-
-_Entries: TypeAlias = dict[int, Tensor]
-"""The gradients of one parameter by task, missing ones left out."""
+Entries: TypeAlias = dict[int, Tensor]
+"""The gradients of one parameter by task, missing ones left out; at least one."""
 
 # Elements per block on the CPU: a block, and the float64 copy of one, stay in the cache
 # for every product that they enter. How many sums of float32 a dot product keeps side by
@@ -70,8 +63,36 @@ _HALVES = (torch.float16, torch.bfloat16)
 _REMAINDER = 1e-3
 
 
+class Prepared(NamedTuple):
+    """Gradients sorted by what multiplies and adds them.
+
+    Attributes:
+        groups: over which the shards are spread, one per mesh axis; none for tensors
+            that this rank has as a whole.
+        fused: what kernels take: each table, and the tensors whose addresses it holds.
+        rest: all others.
+    """
+
+    groups: "tuple[ProcessGroup, ...]"
+    fused: list[tuple[Any, list[Entries]]]
+    rest: list[Entries]
+
+
+def prepare(
+    groups: "tuple[ProcessGroup, ...]", parameters: list[Entries], tasks: int
+) -> Prepared:
+    """Sort the gradients of some parameters.
+
+    Args:
+        groups: over which their shards are spread.
+        parameters: what this rank has of each, see :func:`local_entries`.
+        tasks: number of tasks, K.
+    """
+    return Prepared(groups, *_fusible(parameters, tasks))
+
+
 @torch.no_grad()
-def gramian(gradients: TaskGradients) -> Tensor:
+def multiply(prepared: Iterable[Prepared], tasks: int) -> Tensor:
     """Inner products of the gradients of K tasks.
 
     The products are float64 and so is their sum, with one exception. On the CPU long
@@ -82,101 +103,66 @@ def gramian(gradients: TaskGradients) -> Tensor:
 
     Of DTensors, the ranks sum the ``[K, K]`` products of their shards.
 
-    Args:
-        gradients: one list per task; a missing entry counts as zero.
-
     Returns:
-        Shape ``[K, K]``, float64, symmetric, on the device of the first gradient.
-
-    Raises:
-        ValueError: if all entries are missing.
+        Shape ``[K, K]``, float64, symmetric, on the device of the first gradient; zeros
+        on the CPU if there is none.
     """
-    parameters = list(filter(None, _by_parameter(gradients)))
-    if not parameters:
-        raise ValueError("gradients must have an entry that is not None, got none")
-    spread: dict[tuple[ProcessGroup, ...], list[_Entries]] = defaultdict(list)
-    for entries in parameters:
-        spread[shard_groups(_first(entries))].append(_local(entries))
-    totals = [
-        sum_over(groups, _products(part, len(gradients), sharded=bool(groups)))
-        for groups, part in spread.items()
-    ]
+    totals = [_sum_over(part.groups, _products(part, tasks)) for part in prepared]
+    if not totals:
+        return torch.zeros(tasks, tasks, dtype=torch.float64, device="cpu")
     return reduce(lambda total, more: total + more.to(total.device), totals)
 
 
-def gramian_over(
-    tasks: Sequence[Mapping[Tensor, Tensor]], parameters: Sequence[Tensor]
-) -> Tensor | None:
-    """Inner products over some parameters alone; None where no task has a gradient.
-
-    Args:
-        tasks: the gradients of each by parameter.
-        parameters: the same on all ranks, and in the same order, if there are DTensors.
-    """
-    rows = [[task.get(parameter) for parameter in parameters] for task in tasks]
-    reached = any(gradient is not None for row in rows for gradient in row)
-    return gramian(rows) if reached else None
-
-
 @torch.no_grad()
-def combine(
-    gradients: TaskGradients, weights: Tensor, gramian: Tensor | None = None
-) -> list[Tensor | None]:
+def add(
+    prepared: Iterable[Prepared], weights: Tensor, gramian: Tensor | None = None
+) -> None:
     """Sum the gradients of K tasks with their weights, in place.
 
-    The result takes the memory of the first task that has an entry; the other entries
-    may be spoilt. float16 and bfloat16 gradients are summed in float32 and rounded once.
-    So are float32 gradients on the CPU, in float64, unless the Gramian shows that they
-    do not cancel; on a GPU the kernels do that at no cost. Gradients that have a graph
-    of their own (``create_graph=True``) are summed with it, in new memory; the weights
-    count as constant.
+    The sum takes the place of the first entry of each parameter; the other entries may be
+    spoilt. float16 and bfloat16 gradients are summed in float32 and rounded once. So are
+    float32 gradients on the CPU, in float64, unless the Gramian shows that they do not
+    cancel; on a GPU the kernels do that at no cost.
 
     Args:
-        gradients: one list per task. Nothing else may hold these tensors.
+        prepared: of all gradients. Nothing else may hold these tensors.
         weights: shape ``[K]``, float64.
         gramian: inner products of the gradients, ``[K, K]``; saves time.
-
-    Returns:
-        One entry per parameter; ``None`` where no task has one.
-
-    Raises:
-        ValueError: if the dtype of a gradient cannot hold a finite weight; on the CPU.
     """
-    check_range(weights, (g.dtype for task in gradients for g in task if g is not None))
-    if any(g is not None and g.requires_grad for task in gradients for g in task):
-        return _combine_with_graph(gradients, weights)
     wide = weights.device.type == "cpu" and (
         gramian is None or _cancel(gramian, weights)
     )
-    parameters = _by_parameter(gradients)
-    locals_ = [_local(entries) for entries in parameters]
-    fused, rest = _fusible(locals_, len(gradients))
-    for group in fused:
-        _add_fused(group, weights)
-    if rest:
-        _add_rest(rest, weights, wide=wide)
-    return [
-        # What was written is the shard of a DTensor.
-        _first(given if is_dtensor(_first(given)) else entries) if given else None
-        for given, entries in zip(parameters, locals_, strict=True)
-    ]
+    for part in prepared:
+        for table, entries in part.fused:
+            on_device = weights.to(first_of(entries[0]).device, torch.float64)
+            _kernels().combine(table, on_device.contiguous())
+        if part.rest:
+            _add_rest(part.rest, weights, wide=wide)
 
 
-def _combine_with_graph(
-    gradients: TaskGradients, weights: Tensor
-) -> list[Tensor | None]:
-    """Sum gradients such that their sum can be differentiated."""
+def add_with_graph(entries: Entries, weights: Tensor) -> Tensor:
+    """Sum the gradients of one parameter such that the sum can be differentiated.
+
+    In new memory; the weights count as constant.
+    """
     with torch.enable_grad():
-        scaled = [
-            {
-                task: grad * weights[task].to(grad.device, grad.dtype)
+        return reduce(
+            torch.add,
+            (
+                grad * weights[task].to(grad.device, grad.dtype)
                 for task, grad in entries.items()
-            }
-            for entries in _by_parameter(gradients)
-        ]
-        return [
-            reduce(torch.add, terms.values()) if terms else None for terms in scaled
-        ]
+            ),
+        )
+
+
+def local_entries(entries: Entries) -> Entries:
+    """Take what this rank has, such that it can be written."""
+    return {task: writable(local(grad)) for task, grad in entries.items()}
+
+
+def first_of(entries: Entries) -> Tensor:
+    """Take the entry of the first task that has one."""
+    return next(iter(entries.values()))
 
 
 def _cancel(gramian: Tensor, weights: Tensor) -> bool:
@@ -190,14 +176,21 @@ def _cancel(gramian: Tensor, weights: Tensor) -> bool:
     return bool(square <= (_REMAINDER * reach) ** 2)
 
 
-def _add_rest(parameters: list[_Entries], weights: Tensor, *, wide: bool) -> None:
+def _sum_over(groups: "Iterable[ProcessGroup]", tensor: Tensor) -> Tensor:
+    """Sum over the ranks of every group, in place."""
+    for group in groups:
+        dist.all_reduce(tensor, group=group)
+    return tensor
+
+
+def _add_rest(parameters: list[Entries], weights: Tensor, *, wide: bool) -> None:
     """Sum what no kernel takes, with calls of torch."""
     # To read weights on the CPU is free, and numbers are faster than tensors there.
     on_cpu = weights.device.type == "cpu"
     factors = weights.tolist() if on_cpu else list(weights.unbind())
-    kinds: dict[object, list[_Entries]] = defaultdict(list)
+    kinds: dict[object, list[Entries]] = defaultdict(list)
     for entries in parameters:
-        first = _first(entries)
+        first = first_of(entries)
         if _is_sparse(entries):
             entries[min(entries)] = _add_sparse(entries, factors)
         elif first.dtype in _HALVES or (wide and first.dtype in _WIDER):
@@ -208,26 +201,10 @@ def _add_rest(parameters: list[_Entries], weights: Tensor, *, wide: bool) -> Non
         _add_alike(kind, factors)
 
 
-def _by_parameter(gradients: TaskGradients) -> list[_Entries]:
-    return [
-        {task: grad for task, grad in enumerate(entries) if grad is not None}
-        for entries in zip(*gradients, strict=True)
-    ]
-
-
-def _local(entries: _Entries) -> _Entries:
-    """Take what this rank has, such that it can be written."""
-    return {task: writable(local(grad)) for task, grad in entries.items()}
-
-
-def _first(entries: _Entries) -> Tensor:
-    return next(iter(entries.values()))
-
-
 @cache
 def _kernels() -> Any:
     """Import the kernels, if triton is there."""
-    return import_module("ghopt.kernels") if find_spec("triton") else None
+    return import_module("ghopt.gradients.kernels") if find_spec("triton") else None
 
 
 def _on_gpu(tensor: Tensor) -> bool:
@@ -236,36 +213,26 @@ def _on_gpu(tensor: Tensor) -> bool:
 
 
 def _fusible(
-    parameters: list[_Entries], tasks: int
-) -> tuple[list[list[_Entries]], list[_Entries]]:
+    parameters: list[Entries], tasks: int
+) -> tuple[list[tuple[Any, list[Entries]]], list[Entries]]:
     """Sort out what kernels can take, by dtype and device, and what remains."""
-    fused: dict[object, list[_Entries]] = defaultdict(list)
+    fused: dict[object, list[Entries]] = defaultdict(list)
     rest = []
-    for entries in filter(None, parameters):
-        first = _first(entries)
+    for entries in parameters:
+        first = first_of(entries)
         if not (_on_gpu(first) and _kernels() and tasks <= _kernels().MAX_TASKS):
             rest.append(entries)
             continue
         reals = {task: as_real(grad) for task, grad in entries.items()}
         if _kernels().fits(reals):
-            fused[_first(reals).dtype, first.device].append(reals)
+            fused[first_of(reals).dtype, first.device].append(reals)
         else:
             rest.append(entries)
-    return list(fused.values()), rest
+    tables = [(_kernels().tabulate(group, tasks), group) for group in fused.values()]
+    return tables, rest
 
 
-def _multiply_fused(group: list[_Entries], tasks: int) -> Tensor:
-    products: Tensor = _kernels().gramian(_kernels().tabulate(group, tasks))
-    return products
-
-
-def _add_fused(group: list[_Entries], weights: Tensor) -> None:
-    weights = weights.to(_first(group[0]).device, torch.float64)
-    table = _kernels().tabulate(group, len(weights))
-    _kernels().combine(table, weights.contiguous())
-
-
-def _is_sparse(entries: _Entries) -> bool:
+def _is_sparse(entries: Entries) -> bool:
     return any(tensor.layout is not torch.strided for tensor in entries.values())
 
 
@@ -275,35 +242,34 @@ def _is_long(flat: Tensor) -> bool:
     return on_cpu and flat.dtype is torch.float32 and len(flat) > _LONG
 
 
-def _flat(entries: _Entries) -> _Entries:
+def _flat(entries: Entries) -> Entries:
     """Flatten the gradients of one parameter, complex ones as pairs of reals.
 
     In the order in memory, so that one in channels_last is flattened without a copy.
     All tasks take the order of the first, which keeps their elements side by side.
     """
     entries = {task: as_real(grad) for task, grad in entries.items()}
-    first = _first(entries)
+    first = first_of(entries)
     if not first.is_contiguous():
         order = sorted(range(first.dim()), key=first.stride, reverse=True)
         entries = {task: grad.permute(order) for task, grad in entries.items()}
     return {task: grad.reshape(-1) for task, grad in entries.items()}
 
 
-def _products(parameters: list[_Entries], tasks: int, *, sharded: bool) -> Tensor:
-    """Take the inner products of all parameters that this rank has."""
-    fused, rest = _fusible(parameters, tasks)
-    products = [_multiply_fused(group, tasks) for group in fused]
+def _products(part: Prepared, tasks: int) -> Tensor:
+    """Take the inner products of all that this rank has."""
+    products: list[Tensor] = [_kernels().gramian(table) for table, _ in part.fused]
     small, quick = [], []
-    for entries in rest:
+    for entries in part.rest:
         if _is_sparse(entries):
             products.append(_multiply_sparse(entries, tasks))
             continue
         flat = _flat(entries)
-        first = _first(flat)
+        first = first_of(flat)
         if first.numel() <= _SMALL:
             small.append(flat)
         # Shards may be long on some ranks and short on others, and doubt is for all.
-        elif _is_long(first) and not sharded:
+        elif _is_long(first) and not part.groups:
             quick.append(flat)
         else:
             products.append(_multiply_large(flat, tasks))
@@ -321,13 +287,13 @@ def _sum(products: list[Tensor]) -> Tensor:
     return total.triu() + total.triu(1).T
 
 
-def _packs(parameters: list[_Entries]) -> list[list[_Entries]]:
+def _packs(parameters: list[Entries]) -> list[list[Entries]]:
     """Group flat gradients of a kind, so many that a group is worth its calls."""
-    packs: list[list[_Entries]] = []
-    filling: dict[object, list[_Entries]] = {}
+    packs: list[list[Entries]] = []
+    filling: dict[object, list[Entries]] = {}
     sizes: dict[object, int] = defaultdict(int)
     for entries in parameters:
-        first = _first(entries)
+        first = first_of(entries)
         kind = first.dtype, first.device
         if kind not in filling or sizes[kind] > _PACK:
             filling[kind], sizes[kind] = [], 0
@@ -337,10 +303,10 @@ def _packs(parameters: list[_Entries]) -> list[list[_Entries]]:
     return packs
 
 
-def _packed(pack: list[_Entries], tasks: int) -> Tensor:
+def _packed(pack: list[Entries], tasks: int) -> Tensor:
     """Lay flat gradients side by side: ``[K, n]``, zeros where one is missing."""
-    sizes = [len(_first(entries)) for entries in pack]
-    zeros = _first(pack[0]).new_zeros(max(sizes))
+    sizes = [len(first_of(entries)) for entries in pack]
+    zeros = first_of(pack[0]).new_zeros(max(sizes))
     parts = [
         entries[task] if task in entries else zeros[:size]
         for task in range(tasks)
@@ -355,9 +321,9 @@ def _multiply_packed(rows: Tensor) -> Tensor:
     return wide @ wide.T
 
 
-def _multiply_large(flat: _Entries, tasks: int) -> Tensor:
+def _multiply_large(flat: Entries, tasks: int) -> Tensor:
     """Take the inner products of one parameter in float64, block by block."""
-    first = _first(flat)
+    first = first_of(flat)
     if first.dtype is torch.float64 and first.device.type == "cpu":
         return _multiply_as_they_are(flat, tasks)
     size = min(_WIDE_BLOCK if first.device.type == "cpu" else _DEVICE_BLOCK, len(first))
@@ -373,7 +339,7 @@ def _multiply_large(flat: _Entries, tasks: int) -> Tensor:
     return total
 
 
-def _multiply_as_they_are(flat: _Entries, tasks: int) -> Tensor:
+def _multiply_as_they_are(flat: Entries, tasks: int) -> Tensor:
     """Take the inner products of one parameter, block by block in its own dtype."""
     products: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
     blocks = [torch.split(tensor, _BLOCK) for tensor in flat.values()]
@@ -381,13 +347,13 @@ def _multiply_as_they_are(flat: _Entries, tasks: int) -> Tensor:
         parts = dict(zip(flat, block, strict=True))
         for i, j in combinations_with_replacement(flat, 2):
             products[i, j].append(torch.dot(parts[i], parts[j]))
-    total = _first(flat).new_zeros(tasks, tasks, dtype=torch.float64)
+    total = first_of(flat).new_zeros(tasks, tasks, dtype=torch.float64)
     for (i, j), parts_ij in products.items():
         total[i, j] = torch.stack(parts_ij).sum(dtype=torch.float64)
     return total
 
 
-def _multiply_sparse(entries: _Entries, tasks: int) -> Tensor:
+def _multiply_sparse(entries: Entries, tasks: int) -> Tensor:
     """Take the inner products of a parameter that has a sparse gradient."""
     # Coalescing first: a product must meet the sum of all entries of a row.
     wide = {
@@ -395,7 +361,7 @@ def _multiply_sparse(entries: _Entries, tasks: int) -> Tensor:
         for task, tensor in entries.items()
     }
     total = torch.zeros(
-        tasks, tasks, dtype=torch.float64, device=_first(entries).device
+        tasks, tasks, dtype=torch.float64, device=first_of(entries).device
     )
     for i, j in combinations_with_replacement(wide, 2):
         a, b = wide[i], wide[j]
@@ -422,7 +388,7 @@ def _in_doubt(gramian: Tensor) -> bool:
     return bool(torch.linalg.eigvalsh(cosines)[0] < 0.1)
 
 
-def _add_alike(kind: list[_Entries], factors: list[float] | list[Tensor]) -> None:
+def _add_alike(kind: list[Entries], factors: list[float] | list[Tensor]) -> None:
     """Sum the dense gradients of parameters alike in dtype, device and tasks.
 
     Into those of the first task, with one or two calls of torch a task.
@@ -441,9 +407,9 @@ def _add_alike(kind: list[_Entries], factors: list[float] | list[Tensor]) -> Non
             torch._foreach_mul_(first, factor)
 
 
-def _add_widened(entries: _Entries, factors: list[float] | list[Tensor]) -> None:
+def _add_widened(entries: Entries, factors: list[float] | list[Tensor]) -> None:
     """Sum the dense gradients of one parameter in a wider dtype, and round once."""
-    first = _first(entries)
+    first = first_of(entries)
     total = torch.zeros_like(first, dtype=_WIDER[first.dtype])
     for task, entry in entries.items():
         factor = factors[task]
@@ -454,7 +420,7 @@ def _add_widened(entries: _Entries, factors: list[float] | list[Tensor]) -> None
     first.copy_(total)
 
 
-def _add_sparse(entries: _Entries, factors: list[float] | list[Tensor]) -> Tensor:
+def _add_sparse(entries: Entries, factors: list[float] | list[Tensor]) -> Tensor:
     """Sum the gradients of one parameter of which some are sparse."""
     terms = []
     for task, entry in entries.items():

@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ghopt.backward import task_gradients, trained, weigh
 from ghopt.geometry import Weighting, cosines, gh
-from ghopt.gradients import gramian, gramian_over
+from ghopt.harmonize import GramianOf, Harmonization, measured
 from ghopt.losses import Losses, named_losses, warn_of_many
-from ghopt.optimizer import GramianOf, Harmonization, HarmonizedOptimizer
+from ghopt.optimizer import HarmonizedOptimizer
+from ghopt.passes import taken
 
 Layers: TypeAlias = nn.Module | Mapping[str, Iterable[Tensor]]
 """Groups of parameters by name; of a module, each of its modules with its own ones."""
@@ -445,25 +445,11 @@ def measure(
     """
     named = named_losses(losses)
     warn_of_many(named)
-    wanted = trained(params)
-    rows = task_gradients(list(named.values()), wanted)
-    products = gramian(rows)
-    found = Harmonization(tuple(named), products, weigh(weighting, products))
+    gradients = taken(named, params)
+    found = measured(gradients, named, weighting)
     if recorder is not None:
-        tasks = [
-            {
-                param: grad
-                for param, grad in zip(wanted, row, strict=True)
-                if grad is not None
-            }
-            for row in rows
-        ]
-
-        def gramian_of(parameters: Iterable[Tensor]) -> Tensor:
-            found = gramian_over(tasks, list(dict.fromkeys(parameters)))
-            return torch.zeros_like(products) if found is None else found
-
-        recorder.record(found, layers=_over(_listed(layers), gramian_of))
+        layers_of = _listed(layers)
+        recorder.record(found, layers=_over(layers_of, gradients.gramian))
     return found
 
 

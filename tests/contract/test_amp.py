@@ -16,8 +16,8 @@ from ghopt.geometry import Weighting
 from ghopt.losses import Losses
 from tests import models
 from tests.bases import BASES, LBFGS, Base, SparseAdam, every_base
+from tests.literal import grads, literal_gradients, literal_update, weights_of
 from tests.models import Tasks
-from tests.test_optimizer import grads, literal_gradients, literal_update, weights_of
 
 Scale = Callable[[GradScaler, list[Tensor]], Any]
 

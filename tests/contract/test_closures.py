@@ -19,8 +19,8 @@ from benchmarks.mtl.problem import Training
 from ghopt import HarmonizedOptimizer
 from tests import bases, models
 from tests.bases import BASES, SAM, Base
+from tests.literal import grads, literal_gradients, literal_update, weights_of
 from tests.models import Tasks
-from tests.test_optimizer import grads, literal_gradients, literal_update, weights_of
 
 EVALUATING: dict[str, Base] = {
     "LBFGS": bases.LBFGS,
@@ -299,6 +299,54 @@ def test_the_value_of_a_closure_that_harmonizes_is_weighted_too(
     value: Any = optimizer.step(closure)
     assert optimizer.last is not None
     assert_close(value, optimizer.last.weights @ losses, rtol=1e-14, atol=0)
+
+
+def test_the_values_of_several_calls_in_one_evaluation_add_up() -> None:
+    model = network(4)
+    optimizer = wrap(model)
+    weights: dict[str, Tensor] = {}
+    optimizer.register_harmonize_hook(
+        lambda found, _: weights.update(zip(found.names, found.weights, strict=True))
+    )
+    data = models.batch(4)
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        a, b, c, d = model(*data)
+        optimizer.backward({"a": a, "b": b}, retain_graph=True)
+        optimizer.backward({"c": c, "d": d})
+        return -1.0
+
+    losses = dict(zip("abcd", model(*data), strict=True))
+    value: Any = optimizer.step(closure)
+    expected = torch.stack([weights[name] * losses[name] for name in "abcd"]).sum()
+    assert_close(value, expected.detach(), rtol=1e-14, atol=0)
+
+
+def test_an_accumulation_of_tasks_is_ended_as_one_though_weights_are_held() -> None:
+    """The weights of a backward before it serve evaluations, not half a batch."""
+    made = []
+    for late in (False, True):
+        model = network()
+        optimizer = wrap(model)
+        optimizer.backward(model(*models.batch(2, 7)))
+        model.zero_grad()
+        optimizer.backward(model(*models.batch(2, 0)), accumulate_only=True)
+        if late:
+            optimizer.step(explicit(model, optimizer))
+        else:
+            optimizer.backward(model(*models.batch(2, 1)))
+            optimizer.step()
+        made.append(weights_of(model))
+    assert_close(made[1], made[0], rtol=0, atol=0)
+
+
+def explicit(model: Tasks, optimizer: HarmonizedOptimizer) -> Callable[[], float]:
+    def closure() -> float:
+        optimizer.backward(model(*models.batch(2, 1)))
+        return 0.0
+
+    return closure
 
 
 def test_a_closure_may_only_accumulate() -> None:

@@ -22,9 +22,9 @@ from torch.testing import assert_close
 
 from benchmarks.speed.watch import watch
 from ghopt import HarmonizedOptimizer, Recorder, Recording, gh, ghpp, measure
-from ghopt.diagnostics import by_layer
 from ghopt.geometry import cosines
-from ghopt.optimizer import GramianOf, Harmonization
+from ghopt.harmonize import GramianOf, Harmonization
+from ghopt.recording import by_layer
 from tests import models
 from tests.models import Tasks
 
@@ -132,7 +132,7 @@ def test_the_effect_is_what_a_small_step_of_sgd_changes_in_each_loss() -> None:
 def test_each_layer_has_the_inner_products_of_its_own_parameters(
     network: Callable[[int], Tasks], deferred: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ghopt.deferred._pays", lambda rows, *_: rows > 0)
+    monkeypatch.setattr("ghopt.gradients.deferred._pays", lambda rows, *_: rows > 0)
     model = models.make(network, 2)
     optimizer = HarmonizedOptimizer(SGD(model.parameters(), RATE), deferred=deferred)
     recorder = Recorder()

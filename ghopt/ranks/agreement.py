@@ -6,68 +6,33 @@ is for models replicated on every rank, as by DDP. Gradients that are DTensors, 
 FSDP2 and tensor parallelism, are complete already: only inner products are summed.
 """
 
-import gc
 import hashlib
-import sys
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeGuard, TypeVar, Union
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ghopt.losses import leaves
+from ghopt.forms import as_real, is_dtensor, local, writable
+from ghopt.ranks.replicas import SyncGroup, models_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.distributed_c10d import Store
-    from torch.distributed.tensor import DTensor
-
-SyncGroup: TypeAlias = Union[
-    "ProcessGroup", DistributedDataParallel, Sequence[DistributedDataParallel], bool
-]
-"""Ranks to average over: a group, that of one or more DDP models, or True for the default
-one."""
 
 # Gradients of this many elements travel by themselves and in place, shorter ones packed
 # to messages of up to _PACK bytes, as in DDP: a message costs as much as many kB.
 _ALONE = 2**20
 _PACK = 25 * 2**20
 
-_CURE = (
-    "run the forward pass and backward() inside `with model.no_sync():`, and pass "
-    "sync_group=model to backward(), or sync_group=[one, other] for several models"
-)
-
-_T = TypeVar("_T")
-
 # How many synchronised calls this process has begun with a group.
 _calls: "weakref.WeakKeyDictionary[ProcessGroup, int]" = weakref.WeakKeyDictionary()
-
-
-def models_of(sync_group: SyncGroup | None) -> list[DistributedDataParallel]:
-    """List the DDP models that are given as ``sync_group``.
-
-    Raises:
-        TypeError: if it is a list that holds something else.
-        ValueError: if it is an empty list.
-    """
-    if isinstance(sync_group, DistributedDataParallel):
-        return [sync_group]
-    if not isinstance(sync_group, list | tuple):
-        return []
-    for model in sync_group:
-        if not isinstance(model, DistributedDataParallel):
-            kind = type(model)
-            raise TypeError(f"sync_group must hold DDP models only, got {kind} in it")
-    if not sync_group:
-        raise ValueError("sync_group must hold a DDP model, got an empty list")
-    return list(sync_group)
 
 
 def process_group(sync_group: SyncGroup) -> "ProcessGroup":
@@ -103,154 +68,6 @@ def process_group(sync_group: SyncGroup) -> "ProcessGroup":
             f"True, got {kind}"
         )
     return group
-
-
-def also_trained(
-    models: Iterable[DistributedDataParallel], parameters: Iterable[Tensor]
-) -> list[Tensor]:
-    """List what else DDP models train, beside these parameters."""
-    known = set(parameters)
-    trained = (p for model in models for p in model.parameters() if p.requires_grad)
-    return list(dict.fromkeys(p for p in trained if p not in known))
-
-
-class Living(Generic[_T]):
-    """The objects of a class that live in this process, as last searched for.
-
-    A search takes as long as Python's garbage collection, some ten milliseconds, so it is
-    done in calls 1, 2, 4, 8 and so on. ``gc.freeze`` hides objects from it.
-    """
-
-    def __init__(self, kind: type[_T]) -> None:
-        self._kind = kind
-        self._calls = 0
-        self._found: list[weakref.ref[_T]] = []
-
-    def __call__(self) -> list[_T]:
-        """List them."""
-        self._calls += 1
-        if self._calls & (self._calls - 1) == 0:
-            self._found = [
-                weakref.ref(found)
-                for found in gc.get_objects()
-                # Of the type: an object may lie about its class, or warn when asked.
-                if issubclass(type(found), self._kind)
-            ]
-        found = (reference() for reference in self._found)
-        return [one for one in found if one is not None]
-
-
-class Replicas:
-    """Whether DDP models of this process would train other replicas on every rank.
-
-    torch raises if several passes reach different parameters of a model. If they reach
-    the same ones the later passes stay local, and the ranks drift apart without an error.
-
-    The process is searched for the models, of which any may be wrapped later: the hooks by
-    which DDP learns of a gradient cannot be seen from the parameter.
-    """
-
-    def __init__(self) -> None:
-        self._models = Living(DistributedDataParallel)
-
-    def check(
-        self,
-        parameters: Iterable[Tensor],
-        losses: Iterable[Tensor],
-        sync_group: SyncGroup | None,
-        *,
-        accumulate_only: bool,
-    ) -> bool:
-        """Refuse losses whose gradients would not all be averaged, once each.
-
-        Args:
-            parameters: those of the optimizer.
-            losses: each will have a backward pass of its own.
-            sync_group: as for ``backward``.
-            accumulate_only: nothing is averaged in this call.
-
-        Returns:
-            Whether the gradients are those of this rank alone, and nobody has said that
-            they shall stay so.
-
-        Raises:
-            RuntimeError: if the last forward pass of a model prepared for one pass, and
-                there are more; or for none, and this call does not average it.
-            ValueError: if the parameters of a model are shards.
-        """
-        if not (dist.is_available() and dist.is_initialized()):
-            return False
-        known, given = set(parameters), models_of(sync_group)
-        reached: list[set[Tensor]] | None = None
-        alone = False
-        for model in self._find():
-            is_ours = not known.isdisjoint(model.parameters())
-            others = set() if model in given else {*also_trained([model], known)}
-            if is_ours:
-                _refuse_shards(model)
-                if model.require_forward_param_sync:
-                    raise RuntimeError(
-                        "losses need one backward pass each, but the DDP model of these "
-                        f"parameters averages the first one only: {_CURE}"
-                    )
-            if others:
-                if reached is None:
-                    reached = [{*leaves(loss)} for loss in losses if loss.requires_grad]
-                passes = sum(not others.isdisjoint(found) for found in reached)
-            else:
-                passes = 0
-            if model.require_forward_param_sync:
-                if passes > 1:
-                    raise RuntimeError(
-                        f"losses reach {_name(model)}, a DDP model beside this optimizer, "
-                        f"in {passes} backward passes, of which it averages the first one "
-                        f"only: {_CURE}"
-                    )
-                continue
-            if model.process_group.size() == 1 or sync_group is False:
-                continue
-            if is_ours and sync_group is None:
-                alone = True
-                if not accumulate_only:
-                    raise RuntimeError(
-                        "losses would give other gradients on every rank, since the DDP "
-                        "model of these parameters last ran inside no_sync(): pass "
-                        "sync_group=model to backward(), or sync_group=False if you "
-                        "average them yourself"
-                    )
-            if passes and not accumulate_only:
-                raise RuntimeError(
-                    f"losses reach parameters of {_name(model)}, a DDP model that last ran "
-                    "inside no_sync(), which are not in this optimizer: nobody would "
-                    "average them. Pass sync_group=[...] to backward() with every model "
-                    "that the losses reach, or sync_group=False if you average them "
-                    "yourself"
-                )
-            alone = alone or (bool(passes) and sync_group is None)
-        return alone
-
-    def _find(self) -> list[DistributedDataParallel]:
-        """List the models that have run, but for one in the middle of its forward pass.
-
-        Lightning calls training_step, and that backward, there, and prepares each
-        backward pass by itself.
-        """
-        active = DistributedDataParallel._active_ddp_module
-        # Until it has run a model claims to be armed (require_forward_param_sync).
-        return [m for m in self._models() if m is not active and m._lazy_init_ran]
-
-
-def _name(model: DistributedDataParallel) -> str:
-    return type(model.module).__name__
-
-
-def _refuse_shards(model: DistributedDataParallel) -> None:
-    mesh = getattr(model, "device_mesh", None)
-    if mesh is not None and mesh._get_root_mesh() != mesh:
-        raise ValueError(
-            "parameters must not be shards that DDP has made plain tensors of: "
-            "leave DDP out and pass the data-parallel group as sync_group"
-        )
 
 
 def agree_on_passes(parameters: Iterable[Tensor], losses: Mapping[str, Tensor]) -> None:
@@ -312,6 +129,38 @@ def _talking_device(group: "ProcessGroup") -> torch.device:
     """Where to put what the host will read: on the CPU it waits for no device."""
     on_cpu = "cpu:" in dist.get_backend_config(group)
     return torch.device("cpu" if on_cpu else "cuda")
+
+
+class Alone:
+    """A single process in place of :class:`Ranks`: there is nobody to agree with."""
+
+    def agree(
+        self,
+        names: Sequence[str],  # as in Ranks, here and below
+        shared: Sequence[Tensor],
+        summed: Sequence[Tensor],
+    ) -> None:
+        """Do nothing."""
+
+    def average(
+        self,
+        gradients: dict[Tensor, Tensor],  # noqa: ARG002
+        *,
+        of_all_tasks: bool = False,  # noqa: ARG002
+    ) -> Callable[[], None]:
+        """Leave the gradients as they are."""
+        return _nothing
+
+    def first_weights(self, weights: Tensor) -> Tensor:
+        """Give the weights back."""
+        return weights
+
+
+def _nothing() -> None:
+    """Wait for nothing."""
+
+
+ALONE = Alone()
 
 
 class Ranks:
@@ -435,7 +284,7 @@ class Ranks:
 
         return end
 
-    def settle(self, weights: Tensor) -> Tensor:
+    def first_weights(self, weights: Tensor) -> Tensor:
         """See that no rank failed, and take the weights of the first rank.
 
         A weighting may draw at random, and even one that does not may see other last
@@ -570,71 +419,21 @@ class Ranks:
 
 
 @contextmanager
-def together(sync_group: SyncGroup) -> Iterator[Ranks]:
-    """Fail together: an exception on this rank is told to the others."""
+def together(sync_group: SyncGroup | None) -> Iterator[Alone | Ranks]:
+    """Fail together: an exception on this rank is told to the others.
+
+    Args:
+        sync_group: the ranks; None for a call that concerns this one alone.
+    """
+    if sync_group is None:
+        yield ALONE
+        return
     ranks = Ranks(process_group(sync_group), models_of(sync_group))
     try:
         yield ranks
     except Exception:
         ranks.fail()
         raise
-
-
-def is_dtensor(tensor: Tensor) -> "TypeGuard[DTensor]":
-    """Say whether a tensor is a DTensor."""
-    if type(tensor) is Tensor:
-        return False
-    # Who has made one has imported the module, which to import takes a second.
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
-
-
-def placed_as(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """Give a DTensor the placements of its parameter; in other tensors, nothing to do.
-
-    A gradient may be partial, to be summed over the mesh before it can be used.
-    """
-    if not (is_dtensor(gradient) and is_dtensor(parameter)):
-        return gradient
-    if gradient.placements == parameter.placements:
-        return gradient
-    return gradient.redistribute(parameter.device_mesh, parameter.placements)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """Give the shard of this rank; of other tensors, all."""
-    return tensor.to_local() if is_dtensor(tensor) else tensor
-
-
-def writable(tensor: Tensor) -> Tensor:
-    """Resolve a lazily conjugated or negated tensor, which cannot be written."""
-    return tensor.resolve_conj().resolve_neg()
-
-
-def as_real(tensor: Tensor) -> Tensor:
-    """Give a complex tensor as pairs of reals, in the same memory."""
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
-
-
-def shard_groups(tensor: Tensor) -> "tuple[ProcessGroup, ...]":
-    """List the groups over which the shards of a tensor are spread, one per mesh axis.
-
-    The inner product of two tensors is the sum of those of the shards over all of them.
-    """
-    if not is_dtensor(tensor):
-        return ()
-    return tuple(
-        tensor.device_mesh.get_group(axis)
-        for axis, placement in enumerate(tensor.placements)
-        if not placement.is_replicate()
-    )
-
-
-def sum_over(groups: "Iterable[ProcessGroup]", tensor: Tensor) -> Tensor:
-    """Sum over the ranks of every group, in place."""
-    for group in groups:
-        dist.all_reduce(tensor, group=group)
-    return tensor
 
 
 def _digest(given: Sequence[object]) -> int:

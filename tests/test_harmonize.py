@@ -1,4 +1,4 @@
-"""The equivalent model, `harmonized_loss`, and what `backward` runs per step."""
+"""``backward`` for loops of their own, the equivalent model, and what is run per step."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,14 +12,16 @@ from torch.testing import assert_close
 from torchjd.aggregation import UPGrad, UPGradWeighting
 
 from ghopt import (
+    Accumulation,
     HarmonizedOptimizer,
+    backward,
     gh,
     ghpp,
     ghpp_printed,
     harmonized_loss,
     measure,
 )
-from ghopt.backward import weigh
+from ghopt.harmonize import weigh
 from tests import models
 from tests.models import Tasks
 
@@ -192,3 +194,125 @@ def test_an_aggregator_of_torchjd_is_refused(aggregator: Any, where: str) -> Non
 def test_its_weighting_is_welcome() -> None:
     model, losses = conflict()
     HarmonizedOptimizer(SGD(model.parameters()), UPGradWeighting()).backward(losses)
+
+
+# For loops with optimizers of their own
+
+
+@pytest.mark.parametrize("weighting", [gh, ghpp])
+@pytest.mark.parametrize("network", [models.heads_on_a_trunk, models.one_head_for_all])
+def test_backward_alone_does_what_the_optimizer_does(
+    weighting: Callable[[Tensor], Tensor], network: Callable[[int], Tasks]
+) -> None:
+    expected, actual = models.make(network, 2), models.make(network, 2)
+    optimizer = HarmonizedOptimizer(SGD(expected.parameters()), weighting)
+    optimizer.backward(expected(*models.batch(2)))
+    found = backward(actual(*models.batch(2)), actual.parameters(), weighting)
+    assert found is not None
+    assert optimizer.last is not None
+    assert found.names == optimizer.last.names
+    assert_close(found.gramian, optimizer.last.gramian, rtol=0, atol=0)
+    assert_close(found.weights, optimizer.last.weights, rtol=0, atol=0)
+    grads = [[p.grad for p in model.parameters()] for model in (actual, expected)]
+    assert_close(*grads, rtol=0, atol=0)
+
+
+def test_two_base_optimizers_step_on_one_harmonized_gradient() -> None:
+    """As Muon for the matrices beside AdamW for the rest."""
+    expected, actual = (models.make(models.heads_on_a_trunk, 2) for _ in range(2))
+    whole = HarmonizedOptimizer(SGD(expected.parameters(), lr=0.1))
+    matrices = [p for p in actual.parameters() if p.dim() == 2]
+    others = [p for p in actual.parameters() if p.dim() != 2]
+    parts = [SGD(matrices, lr=0.1), SGD(others, lr=0.1)]
+    for seed in range(3):
+        whole.step(losses=expected(*models.batch(2, seed)))
+        actual.zero_grad()
+        backward(actual(*models.batch(2, seed)), [*matrices, *others])
+        for part in parts:
+            part.step()
+    # The order of the parameters is another one, and so are the last digits.
+    pairs = zip(actual.parameters(), expected.parameters(), strict=True)
+    for one, other in pairs:
+        assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_other_parameters_receive_the_plain_sum() -> None:
+    model, losses = conflict()
+    heads = list(model.heads.parameters())
+    expected = gradients(torch.stack(losses).sum(), heads)
+    backward(losses, model.trunk.parameters(), summed_params=heads)
+    assert_close(tuple(p.grad for p in heads), expected)
+
+
+def test_micro_batches_share_an_accumulation() -> None:
+    expected, losses = conflict()
+    backward([2 * loss for loss in losses], expected.parameters())
+    model, losses = conflict()
+    kept = Accumulation()
+    first = backward(
+        losses,
+        model.parameters(),
+        retain_graph=True,
+        accumulate_only=True,
+        accumulation=kept,
+    )
+    assert first is None
+    assert kept
+    assert all(p.grad is None for p in model.parameters())
+    backward(losses, model.parameters(), accumulation=kept)
+    assert not kept
+    grads = [[p.grad for p in m.parameters()] for m in (model, expected)]
+    assert_close(*grads)
+
+
+def test_backward_names_what_is_wrong() -> None:
+    model, losses = conflict()
+    with pytest.raises(ValueError, match="accumulation must be given"):
+        backward(losses, model.parameters(), accumulate_only=True)
+    with pytest.raises(TypeError, match=r"pass model.parameters\(\)"):
+        backward(losses, model)  # type: ignore[arg-type]  # the point
+    with pytest.raises(TypeError, match="weighting must be callable"):
+        backward(losses, model.parameters(), "gh")  # type: ignore[arg-type]  # the point
+    with pytest.raises(ValueError, match="losses must reach a parameter"):
+        backward(losses, [nn.Parameter(torch.ones(2))])
+
+
+def test_losses_belong_to_one_optimizer() -> None:
+    """A second one would add the plain sum to the parameters of the first, unseen."""
+    model, losses = conflict()
+    trunk, heads = (
+        HarmonizedOptimizer(SGD(part.parameters()))
+        for part in (model.trunk, model.heads)
+    )
+    trunk.backward(losses, retain_graph=True)
+    trunk.backward(losses, retain_graph=True)  # twice the same is as in torch
+    before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    with pytest.raises(ValueError, match=r"'0'.* another HarmonizedOptimizer already"):
+        heads.backward(losses)
+    assert_close([p.grad for p in model.parameters()], before, rtol=0, atol=0)
+    heads.backward(model(*models.batch(2)))  # a new graph is another matter
+
+
+@pytest.mark.parametrize("which", ["trunk", "all"])
+def test_frozen_shared_parameters_leave_the_plain_sum(which: str) -> None:
+    model, _ = conflict()
+    shared = list(model.trunk.parameters())
+    optimizer = HarmonizedOptimizer(
+        SGD(model.parameters()), shared_params=shared if which == "trunk" else None
+    )
+    outside = nn.Parameter(torch.ones((), dtype=torch.float64))
+    for p in shared if which == "trunk" else model.parameters():
+        p.requires_grad_(False)
+    losses = [outside * loss for loss in model(*models.batch(2))]
+    wanted = [outside, *(p for p in model.parameters() if p.requires_grad)]
+    expected = gradients(torch.stack(losses).sum(), wanted)
+    passes = []
+
+    def run(loss: Tensor, retain_graph: bool) -> None:
+        passes.append(loss)
+        loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]  # torch's
+
+    optimizer.backward(losses, backward_fn=run)
+    assert len(passes) == 1
+    assert optimizer.last is None
+    assert_close(tuple(p.grad for p in wanted), expected)

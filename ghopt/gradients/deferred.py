@@ -20,7 +20,7 @@ What does not show is a hook on a transposed weight that a caller made by hand, 
 import inspect
 import sys
 from collections import defaultdict
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial, reduce
 from typing import Any, NamedTuple, TypeAlias
 
@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from ghopt.backward import Collected
+from ghopt.gradients.tasks import JoinedGradients, StoredGradients, TaskGradients
 
 # Nodes of products: which of their edges leads to the right factor, and the name under
 # which they save the left one.
@@ -77,23 +77,21 @@ class Deferral:
     """The passes of one step, and what they leave of the weights that are deferred.
 
     Args:
-        losses: K scalars.
+        names: of the tasks, K of them.
         products: those of each weight.
         leaves: nodes that the passes are to reach beside these products.
     """
 
     def __init__(
         self,
-        losses: Sequence[Tensor],
+        names: Iterable[str],
         products: dict[Tensor, list[_Product]],
         leaves: Iterable[Node],
     ) -> None:
-        self._tasks = len(losses)
-        self._passes = (task for task, loss in enumerate(losses) if loss.requires_grad)
+        self._numbers = {name: number for number, name in enumerate(names)}
         self._products = products
         # By weight, task and product.
         self._outputs: dict[Tensor, dict[int, dict[int, Tensor]]] = {}
-        self._layers: list[_Layer] = []
         nodes = [product.node for group in products.values() for product in group]
         # A product that leads to nothing else would not run without an edge of its own.
         self._edges = tuple(GradientEdge(node, 0) for node in [*leaves, *nodes])
@@ -102,11 +100,12 @@ class Deferral:
             for product in group:
                 self._keep(product.rows)
 
-    def backward(self, loss: Tensor, *, retain_graph: bool) -> None:
-        """Run the next pass. They come in the order of the losses that require grad."""
-        task = next(self._passes)
+    def run(self, name: str, loss: Tensor, retain_graph: bool) -> None:
+        """Run the pass of a task."""
         handles = [
-            product.node.register_prehook(partial(self._note, weight, task, index))
+            product.node.register_prehook(
+                partial(self._note, weight, self._numbers[name], index)
+            )
             for weight, group in self._products.items()
             for index, product in enumerate(group)
         ]
@@ -117,8 +116,8 @@ class Deferral:
                 handle.remove()
 
     @torch.no_grad()
-    def settle(self, collected: Sequence[Collected]) -> bool:
-        """End the passes, and say whether a task reaches a weight that is deferred.
+    def join(self, stored: StoredGradients) -> TaskGradients:
+        """End the passes, and give what they leave together with what they stored.
 
         A weight may have a gradient nevertheless, of earlier micro-batches, or from a
         node that ran a backward pass of its own. Inner products with it are unknown, so
@@ -126,7 +125,7 @@ class Deferral:
         deferred.
 
         Args:
-            collected: gradients of each task; added to.
+            stored: gradients of all other parameters; added to.
 
         Raises:
             RuntimeError: if a tensor that is still needed was modified in place.
@@ -138,51 +137,25 @@ class Deferral:
                     f"they are until the last pass, but one of shape {list(tensor.shape)} "
                     "was modified in place: use deferred=False"
                 )
-        elsewhere = {weight for task in collected for weight in task}
+        names = [*self._numbers]
+        elsewhere = {weight for name in names for weight in stored[name]}
+        layers = []
         for weight, outputs in self._outputs.items():
             layer = _join(weight, self._products[weight], outputs)
             if weight not in elsewhere:
-                self._layers.append(layer)
+                layers.append(layer)
                 continue
             for task, output in zip(layer.tasks, layer.outputs, strict=True):
                 made = _multiply(output, layer.rows)
-                other = collected[task].get(weight)
-                collected[task][weight] = made if other is None else made.add_(other)
+                other = stored[names[task]].get(weight)
+                stored[names[task]][weight] = (
+                    made if other is None else made.add_(other)
+                )
         self._outputs.clear()
         self._kept.clear()
-        return bool(self._layers)
-
-    @torch.no_grad()
-    def gramian(self, wanted: Container[Tensor] | None = None) -> Tensor:
-        """Inner products of the task gradients of the deferred weights.
-
-        Args:
-            wanted: leaves out all weights but these.
-
-        Returns:
-            Shape ``[K, K]``, float64, symmetric; zeros if none of them is deferred.
-        """
-        parts = [
-            _inner_products(layer, self._tasks)
-            for layer in self._layers
-            if wanted is None or layer.weight in wanted
-        ]
-        none = self._layers[0].rows.new_zeros(
-            self._tasks, self._tasks, dtype=torch.float64
-        )
-        return reduce(torch.add, parts, none)
-
-    @torch.no_grad()
-    def combine(self, weights: Tensor) -> Collected:
-        """Make the weighted sums of the task gradients of the deferred weights.
-
-        Args:
-            weights: shape ``[K]``, float64.
-        """
-        return {
-            layer.weight: _multiply(_weighted(layer, weights), layer.rows)
-            for layer in self._layers
-        }
+        if not layers:
+            return stored
+        return JoinedGradients([DeferredGradients(layers, len(names)), stored])
 
     def _note(
         self, weight: Tensor, task: int, index: int, grads: Sequence[Tensor | None]
@@ -199,11 +172,52 @@ class Deferral:
         self._kept.append((tensor, tensor._version))
 
 
-def defer(losses: Sequence[Tensor], parameters: Iterable[Tensor]) -> Deferral | None:
+class DeferredGradients:
+    """Weight gradients of linear layers, of which only the factors were made.
+
+    Args:
+        layers: at least one.
+        tasks: number of tasks, K.
+    """
+
+    def __init__(self, layers: Sequence[_Layer], tasks: int) -> None:
+        self._layers = layers
+        self._tasks = tasks
+
+    @torch.no_grad()
+    def gramian(self, over: Iterable[Tensor] | None = None) -> Tensor:
+        """See :meth:`ghopt.gradients.TaskGradients.gramian`."""
+        wanted = None if over is None else set(over)
+        parts = [
+            _inner_products(layer, self._tasks)
+            for layer in self._layers
+            if wanted is None or layer.weight in wanted
+        ]
+        none = self._layers[0].rows.new_zeros(
+            self._tasks, self._tasks, dtype=torch.float64
+        )
+        return reduce(torch.add, parts, none)
+
+    @torch.no_grad()
+    def combine(
+        self,
+        weights: Tensor,
+        gramian: Tensor | None = None,  # noqa: ARG002  # float64 cancels well enough
+    ) -> dict[Tensor, Tensor]:
+        """See :meth:`ghopt.gradients.TaskGradients.combine`."""
+        return {
+            layer.weight: _multiply(_weighted(layer, weights), layer.rows)
+            for layer in self._layers
+        }
+
+
+def defer(
+    losses: Mapping[str, Tensor], parameters: Iterable[Tensor]
+) -> Deferral | None:
     """Find the weights whose gradients are cheaper deferred, and may be.
 
     Args:
-        losses: K scalars, before their first pass.
+        losses: K scalars by name, before their first pass.
         parameters: those that are to be harmonized.
 
     Returns:
@@ -214,7 +228,7 @@ def defer(losses: Sequence[Tensor], parameters: Iterable[Tensor]) -> Deferral | 
         RuntimeError: as the passes would: if the graph was freed, or the input of a
             layer modified in place.
     """
-    live = [loss for loss in losses if loss.requires_grad]
+    live = [loss for loss in losses.values() if loss.requires_grad]
     wanted = {parameter for parameter in parameters if _is_plain(parameter)}
     if len(live) < 2 or not wanted or _is_special(live):
         return None

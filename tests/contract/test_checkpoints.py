@@ -436,7 +436,7 @@ def test_training_goes_on_bit_identically_after_its_process_is_killed(
     call = f"train_until_killed(Path({str(path)!r}), {when!r})"
     child = subprocess.run(
         [sys.executable, "-c", f"from {__name__} import *; {call}"],
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
         check=False,
         timeout=120,
     )

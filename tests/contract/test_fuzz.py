@@ -684,15 +684,17 @@ class Training(RuleBasedStateMachine):
 
     @invariant()
     def only_an_accumulation_holds_gradients(self) -> None:
-        collected = self.optimizer._progress.collected
-        assert len(self.optimizer._progress.summed) == len(self.literal.sums)
+        collected = self.optimizer._progress.accumulation.collected
+        assert len(self.optimizer._progress.accumulation.summed) == len(
+            self.literal.sums
+        )
         assert collected.keys() == self.literal.pending.keys()
         for task, gradients in collected.items():
             assert len(gradients) == len(self.literal.pending[task])
 
     @invariant()
     def no_gradient_shares_memory(self) -> None:
-        progress = self.optimizer._progress
+        progress = self.optimizer._progress.accumulation
         held = [grad for task in progress.collected.values() for grad in task.values()]
         held += progress.summed.values()
         held += [grad for grad in grads(self.model).values() if grad is not None]

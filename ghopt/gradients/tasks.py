@@ -1,0 +1,187 @@
+"""The gradients of K tasks as one object, which knows two things to do with them.
+
+Whatever ran the passes leaves a :class:`TaskGradients`: gradients that were stored, layers
+that were deferred, or both joined. Nothing above asks which.
+"""
+
+from collections import defaultdict
+from collections.abc import Container, Iterable, Sequence
+from functools import reduce
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from torch import Tensor
+
+from ghopt.forms import is_dtensor, shard_groups
+from ghopt.gradients.products import (
+    Entries,
+    Prepared,
+    add,
+    add_with_graph,
+    first_of,
+    local_entries,
+    multiply,
+    prepare,
+)
+from ghopt.losses import check_range
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class TaskGradients(Protocol):
+    """Gradients of K tasks, by task and parameter."""
+
+    def gramian(self, over: Iterable[Tensor] | None = None) -> Tensor:
+        """Take the inner products of the gradients.
+
+        Args:
+            over: these parameters alone; all of them if None. Where there are DTensors
+                the same on all ranks.
+
+        Returns:
+            Shape ``[K, K]``, float64, symmetric; zeros where there is no gradient.
+        """
+
+    def combine(
+        self, weights: Tensor, gramian: Tensor | None = None
+    ) -> dict[Tensor, Tensor]:
+        """Sum the gradients with weights, in place: they are spoilt.
+
+        Args:
+            weights: shape ``[K]``, float64.
+            gramian: what :meth:`gramian` gave of all parameters; saves time.
+
+        Returns:
+            The sums by parameter, of those that a task reaches.
+
+        Raises:
+            ValueError: if the dtype of a gradient cannot hold a finite weight; on the
+                CPU, where to ask costs nothing.
+        """
+
+
+class StoredGradients:
+    """Gradients as autograd hands them over: a dictionary by parameter for each task.
+
+    The dictionaries may be changed until the first product is taken.
+
+    Args:
+        names: of the tasks, in the order of the rows of the Gramian.
+        parameters: that the tasks may reach, in the order of the arithmetic.
+        by_task: the dictionaries, if there are some already.
+    """
+
+    def __init__(
+        self,
+        names: Iterable[str],
+        parameters: Sequence[Tensor],
+        by_task: dict[str, dict[Tensor, Tensor]] | None = None,
+    ) -> None:
+        self.names = tuple(names)
+        self._parameters = parameters
+        given = by_task or {}
+        self._by_task = {name: given.get(name, {}) for name in self.names}
+        self._all: _Parts | None = None
+
+    def __getitem__(self, name: str) -> dict[Tensor, Tensor]:
+        """Give the gradients of one task by parameter."""
+        return self._by_task[name]
+
+    def __bool__(self) -> bool:
+        """Say whether a task reaches a parameter."""
+        return any(self._by_task.values())
+
+    def with_order(
+        self, names: Iterable[str], parameters: Sequence[Tensor]
+    ) -> "StoredGradients":
+        """Give the same gradients with the tasks and parameters in another order."""
+        return StoredGradients(names, parameters, self._by_task)
+
+    def gramian(self, over: Iterable[Tensor] | None = None) -> Tensor:
+        """See :meth:`TaskGradients.gramian`."""
+        if over is None:
+            self._all = self._all or self._parts()
+            return multiply(self._all.prepared, len(self.names))
+        return multiply(self._parts(set(over)).prepared, len(self.names))
+
+    def combine(
+        self, weights: Tensor, gramian: Tensor | None = None
+    ) -> dict[Tensor, Tensor]:
+        """See :meth:`TaskGradients.combine`.
+
+        The sums take the memory of the first task that reaches a parameter. Gradients that
+        have a graph of their own (``create_graph=True``) are summed with it, in new
+        memory.
+        """
+        parts = self._all or self._parts()
+        grads = [grad for entries in parts.given.values() for grad in entries.values()]
+        check_range(weights, (grad.dtype for grad in grads))
+        if any(grad.requires_grad for grad in grads):
+            return {p: add_with_graph(e, weights) for p, e in parts.given.items()}
+        add(parts.prepared, weights, gramian)
+        return {
+            # Of a DTensor what was written is the shard.
+            p: first_of(
+                parts.given[p] if is_dtensor(first_of(parts.given[p])) else mine
+            )
+            for p, mine in parts.mine.items()
+        }
+
+    def _parts(self, over: Container[Tensor] | None = None) -> "_Parts":
+        """Sort the gradients by parameter, and by what multiplies and adds them."""
+        tasks = [self._by_task[name] for name in self.names]
+        given: dict[Tensor, Entries] = {}
+        for parameter in self._parameters:
+            if over is not None and parameter not in over:
+                continue
+            entries = {
+                k: task[parameter] for k, task in enumerate(tasks) if parameter in task
+            }
+            if entries:
+                given[parameter] = entries
+        mine = {
+            parameter: local_entries(entries) for parameter, entries in given.items()
+        }
+        spread: dict[tuple[ProcessGroup, ...], list[Entries]] = defaultdict(list)
+        for parameter, entries in mine.items():
+            spread[shard_groups(first_of(given[parameter]))].append(entries)
+        prepared = [
+            prepare(groups, part, len(tasks)) for groups, part in spread.items()
+        ]
+        return _Parts(given, mine, prepared)
+
+
+class _Parts(NamedTuple):
+    """Stored gradients by parameter.
+
+    Attributes:
+        given: as autograd gave them.
+        mine: what this rank has of them.
+        prepared: these, sorted.
+    """
+
+    given: dict[Tensor, Entries]
+    mine: dict[Tensor, Entries]
+    prepared: list[Prepared]
+
+
+class JoinedGradients:
+    """Gradients of which each parameter is in one part, and only there."""
+
+    def __init__(self, parts: Sequence[TaskGradients]) -> None:
+        self._parts = parts
+
+    def gramian(self, over: Iterable[Tensor] | None = None) -> Tensor:
+        """See :meth:`TaskGradients.gramian`."""
+        wanted = None if over is None else list(over)
+        products = [part.gramian(wanted) for part in self._parts]
+        return reduce(lambda total, more: total + more.to(total.device), products)
+
+    def combine(
+        self, weights: Tensor, gramian: Tensor | None = None
+    ) -> dict[Tensor, Tensor]:
+        """See :meth:`TaskGradients.combine`."""
+        sums: dict[Tensor, Tensor] = {}
+        for part in self._parts:
+            sums |= part.combine(weights, gramian)
+        return sums

@@ -1,0 +1,560 @@
+"""Gradients of tasks made one: measured, weighed and combined.
+
+:func:`backward` is the whole of it, for loops with optimizers of their own;
+:class:`ghopt.HarmonizedOptimizer` calls what it calls.
+"""
+
+import weakref
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ghopt.geometry import Weighting, cosines, gh
+from ghopt.gradients import StoredGradients, TaskGradients
+from ghopt.gradients.deferred import defer
+from ghopt.losses import (
+    Losses,
+    as_in_total,
+    named_losses,
+    warn_of_many,
+    weighted_sum,
+)
+from ghopt.passes import (
+    BackwardFn,
+    Roles,
+    out_of_reach,
+    put_back,
+    run_passes,
+    runner,
+    set_aside,
+    taken,
+    trained,
+)
+from ghopt.ranks import (
+    ALONE,
+    Alone,
+    Ranks,
+    Replicas,
+    SyncGroup,
+    agree_on_passes,
+    also_trained,
+    models_of,
+    process_group,
+    together,
+)
+
+
+@dataclass(frozen=True)
+class Harmonization:
+    """What one ``backward`` found and did. Reading a value waits for the device.
+
+    Attributes:
+        names: of the tasks, in the order of the rows below.
+        gramian: inner products of the task gradients before harmonization, over the
+            shared parameters, shape ``[K, K]``, float64.
+        weights: of the task gradients in the update (tau), shape ``[K]``, float64.
+    """
+
+    names: tuple[str, ...]
+    gramian: Tensor
+    weights: Tensor
+
+    @property
+    def cosines(self) -> Tensor:
+        """Cosines between the task gradients, shape ``[K, K]``; 0 with a zero one."""
+        return cosines(self.gramian)
+
+
+GramianOf: TypeAlias = Callable[[Iterable[Tensor]], Tensor]
+"""Inner products of the task gradients over some parameters, ``[K, K]``, float64."""
+
+HarmonizeHook: TypeAlias = Callable[[Harmonization, GramianOf], None]
+"""What :meth:`HarmonizedOptimizer.register_harmonize_hook` takes."""
+
+
+Reusable: TypeAlias = Callable[[Mapping[str, Tensor]], Harmonization | None]
+"""Gives weights that serve these losses once more, or None."""
+
+
+def check_weighting(weighting: object) -> None:
+    """Refuse what maps something else than a Gramian to something else than weights.
+
+    Raises:
+        TypeError: if ``weighting`` is not callable, or an aggregator of TorchJD, which
+            maps a Jacobian ``[K, N]`` to a gradient ``[N]``: with a Gramian it runs, too.
+    """
+    if not callable(weighting):
+        raise TypeError(f"weighting must be callable, got {weighting!r}")
+    kinds = {
+        kind.__name__
+        for kind in type(weighting).__mro__
+        if kind.__module__.startswith("torchjd.")
+    }
+    if "Aggregator" in kinds:
+        name = type(weighting).__name__
+        raise TypeError(
+            f"weighting must map a Gramian to weights, got the aggregator {name}(): pass "
+            f"{name}Weighting()"
+        )
+
+
+def weigh(weighting: Weighting, gramian: Tensor) -> Tensor:
+    """Apply a weighting and check what it returns.
+
+    Returns:
+        Weights, shape ``[K]``, float64 and detached, on the device of the Gramian, in
+        memory of their own: ranks write the weights of the first rank to it.
+
+    Raises:
+        TypeError: if ``weighting`` returns no tensor, or is none: see
+            :func:`check_weighting`.
+        ValueError: if it returns another shape than ``[K]``, complex numbers or
+            integers, or weights on another device or that require grad.
+    """
+    check_weighting(weighting)
+    with torch.no_grad():
+        weights = weighting(gramian)
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"weighting must return a tensor, got {type(weights)}")
+    if weights.shape != gramian.shape[:1] or not weights.is_floating_point():
+        expected = f"floating point of shape {list(gramian.shape[:1])}"
+        given = f"{weights.dtype} of shape {list(weights.shape)}"
+        raise ValueError(f"weighting must return {expected}, got {given}")
+    if weights.device != gramian.device:
+        devices = f"{gramian.device}, got {weights.device}"
+        raise ValueError(f"weighting must return weights on {devices}")
+    if weights.requires_grad:
+        raise ValueError(
+            "weighting must return weights without grad, got requires_grad"
+        )
+    return weights.to(gramian, copy=True)
+
+
+def measured(
+    gradients: TaskGradients,
+    names: Iterable[str],
+    weighting: Weighting,
+    ranks: Alone | Ranks = ALONE,
+) -> Harmonization:
+    """Take the Gramian of the gradients of some tasks, and weigh them.
+
+    Raises:
+        TypeError: as :func:`weigh` does.
+        ValueError: likewise.
+        RuntimeError: if a rank failed or does not answer.
+    """
+    gramian = gradients.gramian()
+    weights = ranks.first_weights(weigh(weighting, gramian))
+    return Harmonization(tuple(names), gramian, weights)
+
+
+@dataclass
+class Accumulation:
+    """Micro-batches that await the last one: pass the same object to each ``backward``.
+
+    Attributes:
+        collected: gradients of the harmonized parameters, by the name of the task.
+        summed: those of the other parameters, of all tasks.
+        is_weighed: whether they are those of one weighted sum, not of tasks.
+        is_local: whether they are those of this rank alone, and must be averaged.
+    """
+
+    collected: dict[str, dict[Tensor, Tensor]] = field(default_factory=dict)
+    summed: dict[Tensor, Tensor] = field(default_factory=dict)
+    is_weighed: bool = False
+    is_local: bool = False
+
+    def __bool__(self) -> bool:
+        """Say whether something is kept."""
+        return bool(self.collected)
+
+    @property
+    def parameters(self) -> set[Tensor]:
+        """Those for which a gradient is kept."""
+        return {p for task in self.collected.values() for p in task} | {*self.summed}
+
+    def forget(self) -> None:
+        """Drop what is kept."""
+        self.collected.clear()
+        self.summed.clear()
+        self.is_weighed = self.is_local = False
+
+    def take(
+        self, names: Collection[str], parameters: list[Tensor]
+    ) -> tuple[StoredGradients, dict[Tensor, Tensor]]:
+        """Hand over what is kept of these tasks: the gradients, and the sums.
+
+        Raises:
+            ValueError: if it is of other tasks.
+        """
+        if self.collected and self.collected.keys() != {*names}:
+            raise ValueError(
+                f"losses must be those of tasks {[*self.collected]}, got {[*names]}"
+            )
+        gradients = StoredGradients(names, parameters, dict(self.collected))
+        summed = dict(self.summed)
+        self.collected.clear()
+        self.summed.clear()
+        return gradients, summed
+
+    def keep(self, gradients: StoredGradients, summed: Mapping[Tensor, Tensor]) -> None:
+        """Keep the gradients of one more micro-batch, with those before it."""
+        self.collected.update({name: gradients[name] for name in gradients.names})
+        self.summed.update(summed)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How one ``backward`` runs: see :func:`backward`, and ``HarmonizedOptimizer``."""
+
+    total: Tensor | None = None
+    retain_graph: bool = False
+    backward_fn: BackwardFn | None = None
+    accumulate_only: bool = False
+    sync_group: SyncGroup | None = None
+    deferred: bool = False
+
+
+class Outcome(NamedTuple):
+    """What one ``backward`` did.
+
+    Attributes:
+        losses: whose passes ran: of each task, or their weighted sum alone.
+        found: what was measured; None where weights served once more, or gradients were
+            only accumulated.
+        reused: the weights that served once more.
+    """
+
+    losses: dict[str, Tensor]
+    found: Harmonization | None
+    reused: Harmonization | None
+
+
+def backward(
+    losses: Losses,
+    params: Iterable[Tensor],
+    weighting: Weighting = gh,
+    *,
+    summed_params: Iterable[Tensor] = (),
+    total: Tensor | None = None,
+    retain_graph: bool = False,
+    backward_fn: BackwardFn | None = None,
+    accumulate_only: bool = False,
+    accumulation: Accumulation | None = None,
+    sync_group: SyncGroup | None = None,
+) -> Harmonization | None:
+    """Run one backward pass per task and add the harmonized gradient to ``.grad``.
+
+    For loops that have several optimizers, as Muon for the matrices beside AdamW, and
+    for frameworks that own the step:
+
+    >>> trunk, head = torch.nn.Linear(2, 2), torch.nn.Linear(2, 1)
+    >>> muon = torch.optim.SGD(trunk.parameters(), lr=0.1)
+    >>> adam = torch.optim.AdamW(head.parameters())
+    >>> out = head(trunk(torch.ones(4, 2)))
+    >>> losses = [out.square().mean(), (out - 1).abs().mean()]
+    >>> found = backward(losses, [*trunk.parameters(), *head.parameters()])
+    >>> muon.step()
+    >>> adam.step()
+
+    Args:
+        losses: as for ``HarmonizedOptimizer.backward``; so are all options but these.
+        params: parameters over which the Gramian is taken, and which receive the weighted
+            sum. All others receive the plain sum.
+        weighting: from a Gramian, shape ``[K, K]``, to weights, shape ``[K]``.
+        summed_params: others whose ``.grad`` stays as it was if a pass fails.
+        total: see there.
+        retain_graph: see there.
+        backward_fn: see there.
+        accumulate_only: keep the gradients in ``accumulation``, for the next call.
+        accumulation: the same object for all micro-batches of a step.
+        sync_group: see there.
+
+    Returns:
+        What was found and done; None where ``accumulate_only``, or where all parameters
+        are frozen.
+
+    Raises:
+        TypeError: as there, or if ``params`` are no parameters.
+        ValueError: as there, or if ``accumulate_only`` comes without ``accumulation``.
+        RuntimeError: as there.
+    """
+    if accumulate_only and accumulation is None:
+        raise ValueError("accumulation must be given with accumulate_only, got None")
+    check_weighting(weighting)
+    kept = Accumulation() if accumulation is None else accumulation
+    roles = Roles(trained(params), trained(summed_params), [])
+    options = Options(
+        total, retain_graph, backward_fn, accumulate_only, sync_group, deferred=False
+    )
+    return run(losses, roles, weighting, options, kept, Replicas()).found
+
+
+def run(
+    losses: Losses,
+    roles: Roles,
+    weighting: Weighting,
+    options: Options,
+    accumulation: Accumulation,
+    replicas: Replicas,
+    reusable: Reusable | None = None,
+    hooks: Collection[HarmonizeHook] = (),
+) -> Outcome:
+    """Do what :func:`backward` says, with state and hooks of the caller.
+
+    Args:
+        losses: of the tasks.
+        roles: of the parameters of the caller; those outside are found here.
+        weighting: from a Gramian to weights.
+        options: of this call.
+        accumulation: taken, and kept again where ``accumulate_only``.
+        replicas: the DDP models of this process.
+        reusable: gives weights that serve once more, in a single pass.
+        hooks: called with what was found, before the gradients are combined.
+    """
+    # By identity: a compiled module cannot say whether it is true.
+    group = None if options.sync_group is False else options.sync_group
+    if group is not None:
+        process_group(group)
+    roles = roles._replace(outside=also_trained(models_of(group), roles.own))
+    with together(None if options.accumulate_only else group) as ranks:
+        named, reused = _losses_of_passes(
+            losses, roles, options, accumulation, reusable
+        )
+        is_local = _agree(named, roles, options, replicas, ranks)
+        # From here on held by this frame alone, so that an exception drops them.
+        stored, summed = accumulation.take(named, roles.harmonized)
+        with set_aside(roles.own) as grads:
+            gradients = _collect(named, stored, summed, roles, options, ranks, grads)
+            sums = {p: p.grad for p in roles.summed if p.grad is not None}
+            found, added = None, {}
+            if not (reused or gradients):
+                raise ValueError(_NOWHERE)
+            if reused:
+                ranks.first_weights(reused.weights)
+                (added,) = (stored[name] for name in named)
+            elif not options.accumulate_only:
+                found, added = harmonize(gradients, named, weighting, ranks, hooks)
+            if options.accumulate_only:
+                put_back(roles.own, grads, {})
+                accumulation.keep(stored, sums)
+                accumulation.is_weighed = reused is not None
+                accumulation.is_local |= is_local
+            else:
+                put_back(roles.own, grads, {**added, **sums})
+                accumulation.forget()
+    return Outcome(named, found, reused)
+
+
+def finish(
+    roles: Roles,
+    weighting: Weighting,
+    accumulation: Accumulation,
+    hooks: Collection[HarmonizeHook] = (),
+) -> Outcome:
+    """Harmonize what is kept of micro-batches, and add it to ``.grad``.
+
+    Raises:
+        RuntimeError: if ranks would have to average it first; nothing is lost then.
+    """
+    if accumulation.is_local:
+        raise RuntimeError(
+            "micro-batches were only accumulated, and their gradients are those of this "
+            f"rank: {LATE}, with sync_group"
+        )
+    names, is_weighed = [*accumulation.collected], accumulation.is_weighed
+    stored, summed = accumulation.take(names, roles.harmonized)
+    accumulation.forget()
+    if is_weighed:
+        found, added = None, stored[names[0]]
+    else:
+        found, added = harmonize(stored, names, weighting, ALONE, hooks)
+    grads = [parameter.grad for parameter in roles.own]
+    put_back(roles.own, grads, {**added, **summed})
+    return Outcome({}, found, None)
+
+
+def harmonize(
+    gradients: TaskGradients,
+    names: Iterable[str],
+    weighting: Weighting,
+    ranks: Alone | Ranks,
+    hooks: Iterable[HarmonizeHook],
+) -> tuple[Harmonization, dict[Tensor, Tensor]]:
+    """Measure gradients, weigh them, and combine them in place."""
+    found = measured(gradients, names, weighting, ranks)
+    for hook in hooks:
+        hook(found, gradients.gramian)
+    return found, gradients.combine(found.weights, found.gramian)
+
+
+LATE = "give the last micro-batch to backward() without accumulate_only"
+"""The cure for a step that comes too late for what is kept."""
+
+_NOWHERE = "losses must reach a parameter that is to be harmonized, got none"
+
+
+def _losses_of_passes(
+    losses: Losses,
+    roles: Roles,
+    options: Options,
+    accumulation: Accumulation,
+    reusable: Reusable | None,
+) -> tuple[dict[str, Tensor], Harmonization | None]:
+    """Give the losses whose passes will run, and the weights of their sum if it is one."""
+    if options.total is None:
+        named = named_losses(losses)
+        _refuse_other_owner(named, roles, options)
+    else:
+        named = as_in_total(losses, options.total)
+    warn_of_many(named)
+    if accumulation and not accumulation.is_weighed:
+        return named, None
+    if not any(parameter.requires_grad for parameter in roles.harmonized):
+        device = next(iter(named.values())).device
+        ones = torch.ones(len(named), dtype=torch.float64, device=device)
+        reused = Harmonization(tuple(named), ones.diag() * 0, ones)
+    else:
+        found = reusable(named) if reusable else None
+        if found is None:
+            return named, None
+        reused = found
+    return _in_one(named, reused), reused
+
+
+def _in_one(losses: Mapping[str, Tensor], last: Harmonization) -> dict[str, Tensor]:
+    """Sum the losses with the weights of a measurement; a task of its own."""
+    # If they were not finite, as with an overflow under loss scaling, no more than that
+    # one step shall suffer.
+    weights = dict(zip(last.names, last.weights.nan_to_num(1, 1, 1), strict=True))
+    ordered = torch.stack([weights[name] for name in losses])
+    name = f"weighted sum of {sorted(losses)}"
+    return {name: weighted_sum([*losses.values()], ordered)}
+
+
+_owners: "WeakTensorKeyDictionary" = WeakTensorKeyDictionary()
+"""A harmonized parameter of those for which the passes of a loss have run."""
+
+
+def _refuse_other_owner(
+    losses: Mapping[str, Tensor], roles: Roles, options: Options
+) -> None:
+    """Refuse losses that another optimizer has run its passes for.
+
+    Its passes gave our parameters the plain sum, and ours would give it to those of the
+    other. Who restricts the passes with a ``backward_fn`` may know better.
+
+    Raises:
+        ValueError: if there is one, as far as can be seen: scaled losses are new tensors.
+    """
+    if options.backward_fn is not None or not roles.harmonized:
+        return
+    owner = roles.harmonized[0]
+    for name, loss in losses.items():
+        other = _owners.setdefault(loss, weakref.ref(owner))()  # type: ignore[no-untyped-call]  # torch's
+        if other is not None and other is not owner:
+            raise ValueError(
+                f"losses[{name!r}] went through the backward passes of another "
+                "HarmonizedOptimizer already, and these parameters received its plain sum "
+                "there. Call ghopt.backward(losses, params) once, with the parameters of "
+                "all, and step their base optimizers"
+            )
+
+
+def _agree(
+    losses: Mapping[str, Tensor],
+    roles: Roles,
+    options: Options,
+    replicas: Replicas,
+    ranks: Alone | Ranks,
+) -> bool:
+    """See that all ranks are about to do the same, and that nothing will be left out.
+
+    Returns:
+        Whether the gradients are those of this rank alone, and must be averaged.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    is_local = options.sync_group is not None and options.sync_group is not False
+    if is_local or sum(loss.requires_grad for loss in losses.values()) > 1:
+        is_local |= replicas.check(
+            roles.own,
+            losses.values(),
+            options.sync_group,
+            accumulate_only=options.accumulate_only,
+        )
+    ranks.agree([*losses], roles.harmonized, [*roles.summed, *roles.outside])
+    agree_on_passes(roles.own, losses)
+    return is_local
+
+
+def _collect(
+    losses: dict[str, Tensor],
+    stored: StoredGradients,
+    summed: dict[Tensor, Tensor],
+    roles: Roles,
+    options: Options,
+    ranks: Alone | Ranks,
+    grads: Iterable[Tensor | None],
+) -> TaskGradients:
+    """Run the passes, and give what they leave."""
+    for parameter in roles.summed:
+        parameter.grad = summed.pop(parameter, None)
+    may_defer = options.deferred and not options.accumulate_only
+    deferral = None
+    if may_defer and options.backward_fn is None:
+        deferral = defer(losses, roles.harmonized)
+    with out_of_reach(grads):
+        run_passes(
+            losses,
+            stored,
+            roles,
+            run=deferral.run if deferral else runner(options.backward_fn),
+            retain_graph=options.retain_graph,
+            ranks=ranks,
+        )
+    return deferral.join(stored) if deferral else stored
+
+
+def harmonized_loss(
+    losses: Losses, params: Iterable[Tensor], weighting: Weighting = gh
+) -> Tensor:
+    """Sum the losses with the weights of a rule: the equivalent model (eq. 44 and 45).
+
+    For loops whose optimizer cannot be changed: call ``.backward()`` on the result. The
+    weights are measured on ``params`` and constant, so the gradient of ``params`` is the
+    harmonized one. Costs one backward pass per task for measuring and one more for the
+    result; :class:`ghopt.HarmonizedOptimizer` saves the latter.
+
+    The authors measure on the shared network and weigh the losses with the result for
+    *all* parameters, as this function does when ``params`` are the shared ones. Mind
+    that a task with a tiny gradient there can get a weight in the thousands, which its
+    head then feels undiminished: training has diverged from it.
+
+    Gradients are taken with :func:`torch.autograd.grad`, so ``.grad`` and hooks that
+    accumulate are left alone; reentrant checkpointing and FSDP2 do not work, and under
+    DDP the weights are those of each rank's own gradients.
+
+    Args:
+        losses: one scalar per task, as for ``HarmonizedOptimizer.backward``.
+        params: parameters over which the Gramian is taken. One that is given twice
+            counts once.
+        weighting: from a Gramian, shape ``[K, K]``, to weights, shape ``[K]``.
+
+    Returns:
+        Scalar with the graph of all losses.
+
+    Raises:
+        TypeError: as :func:`named_losses` and :func:`weigh` do, or if ``params`` are
+            no parameters.
+        ValueError: likewise, or if no loss reaches any of ``params``.
+    """
+    named = named_losses(losses)
+    warn_of_many(named)
+    found = measured(taken(named, params), named, weighting)
+    return weighted_sum([*named.values()], found.weights)

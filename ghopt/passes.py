@@ -1,0 +1,317 @@
+"""One backward pass per task, and the custody of ``.grad`` meanwhile.
+
+``.backward()`` runs the passes of a training, not :func:`torch.autograd.grad`: the latter
+silently returns nothing under FSDP2 and reentrant checkpointing and for parameters that
+nobody listed, and skips hooks. With ``.grad`` None before a pass, autograd hands its own
+tensor over, so collecting the gradients copies nothing. Where ``.grad`` and the graph must
+stay as they are, in :func:`taken`, it is the other way round.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ghopt.forms import local, placed_as
+from ghopt.gradients import StoredGradients
+from ghopt.ranks import Alone, Ranks
+
+BackwardFn: TypeAlias = Callable[..., object]
+"""What runs one pass: called as ``backward_fn(loss, retain_graph=...)``."""
+
+RunPass: TypeAlias = Callable[[str, Tensor, bool], object]
+"""What runs the pass of a task: called with its name, its loss and ``retain_graph``."""
+
+
+class Roles(NamedTuple):
+    """What each parameter receives.
+
+    Attributes:
+        harmonized: the weighted sum.
+        summed: the plain sum; these are in the optimizer, too.
+        outside: the plain sum; in no optimizer that we know of, but in a DDP model whose
+            gradients are to be averaged.
+    """
+
+    harmonized: list[Tensor]
+    summed: list[Tensor]
+    outside: list[Tensor]
+
+    @property
+    def own(self) -> list[Tensor]:
+        """Those of the optimizer, whose ``.grad`` is in our custody."""
+        return [*self.harmonized, *self.summed]
+
+
+@contextmanager
+def set_aside(parameters: Sequence[Tensor]) -> Iterator[list[Tensor | None]]:
+    """Take ``.grad`` off the parameters; on an exception put it back as it was.
+
+    Yields:
+        What was in ``.grad``. Without an exception it is the caller's to put back.
+    """
+    before = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    try:
+        yield before
+    except BaseException:
+        for parameter, grad in zip(parameters, before, strict=True):
+            parameter.grad = grad
+        raise
+
+
+@contextmanager
+def out_of_reach(grads: Iterable[Tensor | None]) -> Iterator[None]:
+    """Give gradients their values back that lie in memory of a DDP model, at the end.
+
+    Each pass that such a model averages writes to its buckets, and ``.grad`` may be a
+    view of them. Elsewhere a view lies in some memory of the user's, and is left alone.
+    """
+    lent = dist.is_available() and dist.is_initialized()
+    views = [grad for grad in grads if lent and grad is not None and grad._is_view()]
+    values = [view.clone() for view in views]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for view, value in zip(views, values, strict=True):
+                view.copy_(value)
+
+
+def put_back(
+    parameters: Iterable[Tensor],
+    grads: Iterable[Tensor | None],
+    added: Mapping[Tensor, Tensor],
+) -> None:
+    """Leave in ``.grad`` what was there before, and what is added to it."""
+    for parameter, grad in zip(parameters, grads, strict=True):
+        parameter.grad = _sum(grad, added.get(parameter))
+
+
+def _sum(grad: Tensor | None, added: Tensor | None) -> Tensor | None:
+    """Add to ``.grad`` as autograd does: in place, where both are dense."""
+    if grad is None or added is None:
+        return added if grad is None else grad
+    has_graph = grad.requires_grad or added.requires_grad
+    if grad.layout is added.layout is torch.strided and not has_graph:
+        return grad.add_(added)
+    # torch adds a sparse tensor to a dense one, not the reverse.
+    return added + grad if grad.is_sparse else grad + added
+
+
+@contextmanager
+def _left_alone(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Refuse passes that use up the gradients which they make.
+
+    Some train without keeping gradients: an optimizer per parameter steps in a hook,
+    inside the backward pass. Then the pass of the first task trains on its gradient alone,
+    and those of the others meet other parameters.
+
+    Raises:
+        RuntimeError: if a parameter has changed, or a hook took its gradient away.
+    """
+    versions = [parameter._version for parameter in parameters]
+    taken: list[Tensor] = []
+
+    def note(parameter: Tensor) -> None:
+        if parameter.grad is None:
+            taken.append(parameter)
+
+    handles = [
+        parameter.register_post_accumulate_grad_hook(note)  # type: ignore[no-untyped-call]  # torch's
+        for parameter in parameters
+        if parameter._post_accumulate_grad_hooks
+    ]
+
+    def check(error: Exception | None = None) -> None:
+        for place, (p, version) in enumerate(zip(parameters, versions, strict=True)):
+            if p._version == version and not any(p is one for one in taken):
+                continue
+            what = "changed" if p._version != version else "lost its gradient to a hook"
+            raise RuntimeError(
+                f"a parameter, number {place} of shape {list(p.shape)}, {what} during the "
+                "backward passes of the tasks: an optimizer that steps inside backward "
+                "(optimizer-in-backward) cannot be harmonized; take its hooks away"
+            ) from error
+
+    try:
+        yield
+    except Exception as error:
+        check(error)
+        raise
+    finally:
+        for handle in handles:
+            handle.remove()
+    check()
+
+
+def run_passes(
+    losses: Mapping[str, Tensor],
+    gradients: StoredGradients,
+    roles: Roles,
+    *,
+    run: RunPass,
+    retain_graph: bool,
+    ranks: Alone | Ranks,
+) -> None:
+    """Run one backward pass per loss and add the gradients to those of its task.
+
+    The graph is freed by the last pass unless ``retain_graph``. A loss that does not
+    require grad has no pass. Parameters other than the harmonized ones receive the plain
+    sum in ``.grad``, from autograd itself.
+
+    Args:
+        losses: K scalars by name.
+        gradients: empty or from earlier micro-batches; added to. After an exception they
+            are in an undefined state.
+        roles: the ``.grad`` of the harmonized parameters is None. No gradient of them or
+            of the summed ones will share memory with another.
+        run: runs a pass, see :func:`runner`.
+        retain_graph: keep the graph after the last pass.
+        ranks: average the gradients of each task, while the passes of the next ones run,
+            and at last those of the other parameters.
+    """
+    with _left_alone(roles.own):
+        averages = _run_all(losses, gradients, roles, run, retain_graph, ranks)
+    others = [*roles.summed, *roles.outside]
+    sums = {p: p.grad for p in others if p.grad is not None}
+    if others:
+        averages.append(ranks.average(sums, of_all_tasks=True))
+    for end in averages:
+        end()
+    for parameter, mean in sums.items():
+        parameter.grad = mean
+
+
+def _run_all(
+    losses: Mapping[str, Tensor],
+    gradients: StoredGradients,
+    roles: Roles,
+    run: RunPass,
+    retain_graph: bool,
+    ranks: Alone | Ranks,
+) -> list[Callable[[], None]]:
+    """Run the passes of :func:`run_passes`; give what waits for the averages."""
+    *_, last = (name for name, loss in losses.items() if loss.requires_grad)
+    places: set[tuple[int, int]] = set()
+    apart = {parameter for parameter in roles.summed if parameter.grad is not None}
+    averages = []
+    for name, loss in losses.items():
+        of_task = gradients[name]
+        if loss.requires_grad:
+            # Where there are earlier gradients autograd adds to them in place.
+            for parameter in roles.harmonized:
+                parameter.grad = of_task.pop(parameter, None)
+            with _with_cure():
+                run(name, loss, retain_graph or name != last)
+            for parameter in roles.harmonized:
+                if parameter.grad is not None:
+                    of_task[parameter] = _own(parameter.grad, parameter, places)
+                    parameter.grad = None
+            for parameter in roles.summed:
+                if parameter.grad is not None and parameter not in apart:
+                    parameter.grad = _own(parameter.grad, parameter, places)
+                    apart.add(parameter)
+        averages.append(ranks.average(of_task))
+    return averages
+
+
+def runner(backward_fn: BackwardFn | None) -> RunPass:
+    """Give what runs the pass of a task: ``backward_fn``, or else ``loss.backward``."""
+
+    def run(_: str, loss: Tensor, retain_graph: bool) -> None:
+        if backward_fn is not None:
+            backward_fn(loss, retain_graph=retain_graph)
+        else:
+            loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]  # torch's
+
+    return run
+
+
+@contextmanager
+def _with_cure() -> Iterator[None]:
+    """Name the cure of an error of a pass, if it is known."""
+    try:
+        yield
+    except RuntimeError as error:
+        cure = _cure(str(error))
+        if cure is None:
+            raise
+        raise RuntimeError(cure) from error
+
+
+def _cure(message: str) -> str | None:
+    """Say what to do about an error of a pass, if it is known."""
+    if "backward through the graph a second time" in message:
+        return (
+            "the graph of these losses is gone: a backward pass ran through it before, as "
+            "loss.backward() or an earlier backward([...]). Drop that call: with "
+            "retain_graph=True its plain gradient would be added to the harmonized one. If "
+            f"you want both, keep the graph there. torch says: {message}"
+        )
+    # A model compiled when its graph was not kept has its backward pass write into what
+    # the forward pass saved, which a second pass would need.
+    if "donated buffers" in message:
+        return (
+            "a compiled model gave away buffers that the passes of later tasks need: set "
+            "torch._functorch.config.donated_buffer = False before compiling, and keep "
+            "torch._inductor.config.fx_graph_cache = False or delete that cache once: it "
+            "hands out graphs compiled under either setting"
+        )
+    return None
+
+
+def _own(gradient: Tensor, parameter: Tensor, places: set[tuple[int, int]]) -> Tensor:
+    """Copy a gradient that shares memory, with a DDP bucket, say, or another task's."""
+    gradient = placed_as(gradient, parameter)
+    if gradient.layout is not torch.strided:
+        return gradient
+    # Of the storage, not of the first element: parts of one tensor may overlap. Shards
+    # do not, and FSDP2 cuts all of a pass from one storage.
+    shard = local(gradient)
+    offset = 0 if shard is gradient else int(shard.storage_offset())
+    place = shard.untyped_storage()._cdata, offset
+    if gradient._is_view() or place in places:
+        gradient = gradient.clone()
+        place = local(gradient).untyped_storage()._cdata, 0
+    places.add(place)
+    return gradient
+
+
+def taken(losses: Mapping[str, Tensor], params: Iterable[Tensor]) -> StoredGradients:
+    """Take the gradients of each loss, and leave ``.grad`` and the graph alone.
+
+    Raises:
+        TypeError: if ``params`` are no parameters.
+        ValueError: if no loss reaches any of ``params``.
+    """
+    wanted = trained(params)
+    gradients = StoredGradients(losses, wanted)
+    for name, loss in losses.items():
+        if loss.requires_grad and wanted:
+            found = torch.autograd.grad(
+                loss, wanted, retain_graph=True, allow_unused=True
+            )
+            pairs = zip(wanted, found, strict=True)
+            gradients[name].update({p: g for p, g in pairs if g is not None})
+    if not gradients:
+        raise ValueError(f"params must hold one that a loss reaches, got {len(wanted)}")
+    return gradients
+
+
+def trained(params: Iterable[Tensor]) -> list[Tensor]:
+    """List the parameters that require grad, each once.
+
+    Raises:
+        TypeError: if ``params`` are no parameters.
+    """
+    if isinstance(params, nn.Module | Tensor) or not isinstance(params, Iterable):
+        raise TypeError(
+            f"params must be an iterable of parameters, got {type(params)}: pass "
+            "model.parameters()"
+        )
+    return list(dict.fromkeys(param for param in params if param.requires_grad))

@@ -1,0 +1,167 @@
+"""The DDP models of this process: which are meant, and which would go wrong."""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, TypeAlias, Union
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from ghopt.living import Living
+from ghopt.losses import leaves
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+SyncGroup: TypeAlias = Union[
+    "ProcessGroup", DistributedDataParallel, Sequence[DistributedDataParallel], bool
+]
+"""Ranks to average over: a group, that of one or more DDP models, or True for the default
+one."""
+
+_CURE = (
+    "run the forward pass and backward() inside `with model.no_sync():`, and pass "
+    "sync_group=model to backward(), or sync_group=[one, other] for several models"
+)
+
+
+def models_of(sync_group: SyncGroup | None) -> list[DistributedDataParallel]:
+    """List the DDP models that are given as ``sync_group``.
+
+    Raises:
+        TypeError: if it is a list that holds something else.
+        ValueError: if it is an empty list.
+    """
+    if isinstance(sync_group, DistributedDataParallel):
+        return [sync_group]
+    if not isinstance(sync_group, list | tuple):
+        return []
+    for model in sync_group:
+        if not isinstance(model, DistributedDataParallel):
+            kind = type(model)
+            raise TypeError(f"sync_group must hold DDP models only, got {kind} in it")
+    if not sync_group:
+        raise ValueError("sync_group must hold a DDP model, got an empty list")
+    return list(sync_group)
+
+
+def also_trained(
+    models: Iterable[DistributedDataParallel], parameters: Iterable[Tensor]
+) -> list[Tensor]:
+    """List what else DDP models train, beside these parameters."""
+    known = set(parameters)
+    trained = (p for model in models for p in model.parameters() if p.requires_grad)
+    return list(dict.fromkeys(p for p in trained if p not in known))
+
+
+class Replicas:
+    """Whether DDP models of this process would train other replicas on every rank.
+
+    torch raises if several passes reach different parameters of a model. If they reach
+    the same ones the later passes stay local, and the ranks drift apart without an error.
+
+    The process is searched for the models, of which any may be wrapped later: the hooks by
+    which DDP learns of a gradient cannot be seen from the parameter.
+    """
+
+    def __init__(self) -> None:
+        self._models = Living(DistributedDataParallel)
+
+    def check(
+        self,
+        parameters: Iterable[Tensor],
+        losses: Iterable[Tensor],
+        sync_group: SyncGroup | None,
+        *,
+        accumulate_only: bool,
+    ) -> bool:
+        """Refuse losses whose gradients would not all be averaged, once each.
+
+        Args:
+            parameters: those of the optimizer.
+            losses: each will have a backward pass of its own.
+            sync_group: as for ``backward``.
+            accumulate_only: nothing is averaged in this call.
+
+        Returns:
+            Whether the gradients are those of this rank alone, and nobody has said that
+            they shall stay so.
+
+        Raises:
+            RuntimeError: if the last forward pass of a model prepared for one pass, and
+                there are more; or for none, and this call does not average it.
+            ValueError: if the parameters of a model are shards.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            return False
+        known, given = set(parameters), models_of(sync_group)
+        reached: list[set[Tensor]] | None = None
+        alone = False
+        for model in self._find():
+            is_ours = not known.isdisjoint(model.parameters())
+            others = set() if model in given else {*also_trained([model], known)}
+            if is_ours:
+                _refuse_shards(model)
+                if model.require_forward_param_sync:
+                    raise RuntimeError(
+                        "losses need one backward pass each, but the DDP model of these "
+                        f"parameters averages the first one only: {_CURE}"
+                    )
+            if others:
+                if reached is None:
+                    reached = [{*leaves(loss)} for loss in losses if loss.requires_grad]
+                passes = sum(not others.isdisjoint(found) for found in reached)
+            else:
+                passes = 0
+            if model.require_forward_param_sync:
+                if passes > 1:
+                    raise RuntimeError(
+                        f"losses reach {_name(model)}, a DDP model beside this optimizer, "
+                        f"in {passes} backward passes, of which it averages the first one "
+                        f"only: {_CURE}"
+                    )
+                continue
+            if model.process_group.size() == 1 or sync_group is False:
+                continue
+            if is_ours and sync_group is None:
+                alone = True
+                if not accumulate_only:
+                    raise RuntimeError(
+                        "losses would give other gradients on every rank, since the DDP "
+                        "model of these parameters last ran inside no_sync(): pass "
+                        "sync_group=model to backward(), or sync_group=False if you "
+                        "average them yourself"
+                    )
+            if passes and not accumulate_only:
+                raise RuntimeError(
+                    f"losses reach parameters of {_name(model)}, a DDP model that last ran "
+                    "inside no_sync(), which are not in this optimizer: nobody would "
+                    "average them. Pass sync_group=[...] to backward() with every model "
+                    "that the losses reach, or sync_group=False if you average them "
+                    "yourself"
+                )
+            alone = alone or (bool(passes) and sync_group is None)
+        return alone
+
+    def _find(self) -> list[DistributedDataParallel]:
+        """List the models that have run, but for one in the middle of its forward pass.
+
+        Lightning calls training_step, and that backward, there, and prepares each
+        backward pass by itself.
+        """
+        active = DistributedDataParallel._active_ddp_module
+        # Until it has run a model claims to be armed (require_forward_param_sync).
+        return [m for m in self._models() if m is not active and m._lazy_init_ran]
+
+
+def _name(model: DistributedDataParallel) -> str:
+    return type(model.module).__name__
+
+
+def _refuse_shards(model: DistributedDataParallel) -> None:
+    mesh = getattr(model, "device_mesh", None)
+    if mesh is not None and mesh._get_root_mesh() != mesh:
+        raise ValueError(
+            "parameters must not be shards that DDP has made plain tensors of: "
+            "leave DDP out and pass the data-parallel group as sync_group"
+        )
