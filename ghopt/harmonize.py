@@ -4,13 +4,13 @@
 :class:`ghopt.HarmonizedOptimizer` calls what it calls.
 """
 
+import sys
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -43,6 +43,8 @@ from ghopt.ranks import (
     SyncGroup,
     agree_on_passes,
     also_trained,
+    averages,
+    failing_together,
     models_of,
     process_group,
     together,
@@ -97,9 +99,14 @@ def check_weighting(weighting: object) -> None:
     }
     if "Aggregator" in kinds:
         name = type(weighting).__name__
+        module = sys.modules["torchjd.aggregation"]
+        there_is = hasattr(module, f"{name}Weighting")
+        cure = (
+            f"{name}Weighting()" if there_is else "one of its weightings, if it has one"
+        )
         raise TypeError(
             f"weighting must map a Gramian to weights, got the aggregator {name}(): pass "
-            f"{name}Weighting()"
+            f"{cure}"
         )
 
 
@@ -323,17 +330,20 @@ def run(
         process_group(group)
     roles = roles._replace(outside=also_trained(models_of(group), roles.own))
     with together(None if options.accumulate_only else group) as ranks:
-        named, reused = _losses_of_passes(
-            losses, roles, options, accumulation, reusable
-        )
-        is_local = _agree(named, roles, options, replicas, ranks)
+        with failing_together(roles.own):
+            named, reused = _losses_of_passes(
+                losses, roles, options, accumulation, reusable
+            )
+            is_local = _check_replicas(named, roles, options, replicas)
+        ranks.agree([*named], roles.harmonized, [*roles.summed, *roles.outside])
+        agree_on_passes(roles.own, named)
         # From here on held by this frame alone, so that an exception drops them.
         stored, summed = accumulation.take(named, roles.harmonized)
         with set_aside(roles.own) as grads:
             gradients = _collect(named, stored, summed, roles, options, ranks, grads)
             sums = {p: p.grad for p in roles.summed if p.grad is not None}
             found, added = None, {}
-            if not (reused or gradients):
+            if not (gradients or _is_frozen(roles)):
                 raise ValueError(_NOWHERE)
             if reused:
                 ranks.first_weights(reused.weights)
@@ -415,7 +425,7 @@ def _losses_of_passes(
     warn_of_many(named)
     if accumulation and not accumulation.is_weighed:
         return named, None
-    if not any(parameter.requires_grad for parameter in roles.harmonized):
+    if _is_frozen(roles):
         device = next(iter(named.values())).device
         ones = torch.ones(len(named), dtype=torch.float64, device=device)
         reused = Harmonization(tuple(named), ones.diag() * 0, ones)
@@ -466,30 +476,30 @@ def _refuse_other_owner(
             )
 
 
-def _agree(
-    losses: Mapping[str, Tensor],
-    roles: Roles,
-    options: Options,
-    replicas: Replicas,
-    ranks: Alone | Ranks,
+def _is_frozen(roles: Roles) -> bool:
+    """Say whether there is nothing to harmonize."""
+    return not any(parameter.requires_grad for parameter in roles.harmonized)
+
+
+def _check_replicas(
+    losses: Mapping[str, Tensor], roles: Roles, options: Options, replicas: Replicas
 ) -> bool:
-    """See that all ranks are about to do the same, and that nothing will be left out.
+    """See that no DDP model will be left out.
 
     Returns:
         Whether the gradients are those of this rank alone, and must be averaged.
     """
-    if not (dist.is_available() and dist.is_initialized()):
-        return False
-    is_local = options.sync_group is not None and options.sync_group is not False
-    if is_local or sum(loss.requires_grad for loss in losses.values()) > 1:
+    group = None if options.sync_group is False else options.sync_group
+    several = sum(loss.requires_grad for loss in losses.values()) > 1
+    is_local = group is not None and averages(group, roles.own)
+    if group is not None or several or options.accumulate_only:
         is_local |= replicas.check(
             roles.own,
             losses.values(),
             options.sync_group,
+            several=several or group is not None,
             accumulate_only=options.accumulate_only,
         )
-    ranks.agree([*losses], roles.harmonized, [*roles.summed, *roles.outside])
-    agree_on_passes(roles.own, losses)
     return is_local
 
 

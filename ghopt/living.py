@@ -7,12 +7,18 @@ from typing import Generic, TypeVar
 _T = TypeVar("_T")
 
 
-class Living(Generic[_T]):
-    """The objects of a class that live in this process, as last searched for.
+def living(kind: type[_T]) -> list[_T]:
+    """Search the process for the objects of a class.
 
-    A search takes as long as Python's garbage collection, some ten milliseconds, so it is
-    done in calls 1, 2, 4, 8 and so on. ``gc.freeze`` hides objects from it.
+    Takes as long as Python's garbage collection, some ten milliseconds. ``gc.freeze`` hides
+    objects from it.
     """
+    # Of the type: an object may lie about its class, or warn when asked for it.
+    return [found for found in gc.get_objects() if issubclass(type(found), kind)]
+
+
+class Living(Generic[_T]):
+    """The objects of a class, searched for in calls 1, 2, 4, 8 and so on."""
 
     def __init__(self, kind: type[_T]) -> None:
         self._kind = kind
@@ -23,11 +29,6 @@ class Living(Generic[_T]):
         """List them."""
         self._calls += 1
         if self._calls & (self._calls - 1) == 0:
-            self._found = [
-                weakref.ref(found)
-                for found in gc.get_objects()
-                # Of the type: an object may lie about its class, or warn when asked.
-                if issubclass(type(found), self._kind)
-            ]
+            self._found = [weakref.ref(found) for found in living(self._kind)]
         found = (reference() for reference in self._found)
         return [one for one in found if one is not None]

@@ -77,7 +77,7 @@ def _named(losses: Losses) -> dict[str, Tensor]:
         try:
             return {str(task): loss for task, loss in enumerate(losses)}
         except ValueError as error:
-            if isinstance(losses, map):
+            if isinstance(losses, map) and "iterable of Tensors" in str(error):
                 raise TypeError(_UNSCALED) from error
             raise
     raise TypeError(f"losses must be a mapping or iterable, got {type(losses)}")
@@ -192,21 +192,43 @@ def weighted_sum(losses: Sequence[Tensor], weights: Tensor) -> Tensor:
         return torch.stack([w.to(loss) * loss.reshape(()) for w, loss in pairs]).sum()
 
 
-def check_range(weights: Tensor, dtypes: Iterable[torch.dtype]) -> None:
-    """Refuse finite weights that become infinite in one of the dtypes.
+def check_range(
+    weights: Tensor, dtypes: Iterable[torch.dtype], gramian: Tensor | None = None
+) -> None:
+    """Refuse finite weights that one of the dtypes cannot hold.
+
+    Half precision is summed in float32: there the weights may be larger, as long as their
+    gradients are so much smaller.
+
+    Args:
+        weights: shape ``[K]``.
+        dtypes: of what is weighed.
+        gramian: inner products of the gradients, ``[K, K]``, if it is gradients.
 
     Raises:
         ValueError: if there are some; on the CPU, where to ask costs nothing.
     """
     if weights.device.type != "cpu":
         return
-    largest = max(map(abs, weights.tolist()))
+    given = [abs(weight) for weight in weights.tolist()]
+    largest = max(given)
     # Every floating point dtype holds as much as this one.
     if not torch.finfo(torch.float16).max < largest < math.inf:
         return
+    reach = largest
+    if gramian is not None:
+        squares = gramian.diagonal().tolist()
+        reach = max(
+            w * math.sqrt(square) for w, square in zip(given, squares, strict=True)
+        )
     for dtype in set(dtypes):
-        if torch.finfo(dtype).max < largest:
+        is_half = dtype in (torch.float16, torch.bfloat16)
+        held = (
+            reach if is_half and largest < torch.finfo(torch.float32).max else largest
+        )
+        if torch.finfo(dtype).max < held:
             raise ValueError(
-                f"weighting must return weights that {dtype} can hold, got {largest:g}: "
-                "does it map a Gramian [K, K] to weights [K]?"
+                f"weighting must return weights that {dtype} can hold, got {largest:g} for "
+                "gradients of this dtype: does it map a Gramian [K, K] to weights [K]? Or "
+                "scale the losses, if their gradients differ so much in size"
             )

@@ -17,17 +17,21 @@ form:
 """
 
 import inspect
+import sys
+import threading
 import warnings
+import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
+from types import FrameType
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.amp.grad_scaler import OptState
+from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -43,13 +47,17 @@ from ghopt.harmonize import (
     finish,
     run,
 )
-from ghopt.living import Living
+from ghopt.living import living
 from ghopt.losses import Losses, named_losses, weighted_sum
 from ghopt.passes import BackwardFn, Roles
-from ghopt.ranks import Replicas, SyncGroup
+from ghopt.ranks import Replicas, SyncGroup, mean_over_ranks
 
 Closure: TypeAlias = Callable[[], Any]
 """Evaluates the model; returns a number, a scalar tensor or the losses of the tasks."""
+
+
+Mean: TypeAlias = Callable[[Tensor], Tensor]
+"""Takes the mean of a number over the ranks."""
 
 
 @dataclass
@@ -65,8 +73,8 @@ class _Progress:
         values: losses of the micro-batches in an evaluation by a closure, by task.
         value: weighted sum of the losses of that evaluation, as far as harmonized.
         is_known: whether ``backward`` was ever called, or its absence told.
+        clears_to: whether ``zero_grad`` of the base takes ``set_to_none``, once known.
         replicas: the DDP models of this process.
-        scalers: its gradient scalers.
     """
 
     accumulation: Accumulation = field(default_factory=Accumulation)
@@ -77,26 +85,29 @@ class _Progress:
     values: dict[str, Tensor] = field(default_factory=dict)
     value: Tensor | None = None
     is_known: bool = False
+    clears_to: bool | None = None
     replicas: Replicas = field(default_factory=Replicas)
-    scalers: Living[torch.amp.GradScaler] = field(
-        default_factory=lambda: Living(torch.amp.GradScaler)
-    )
 
     def forget(self) -> None:
         """Drop a started accumulation."""
         self.accumulation.forget()
         self.values.clear()
 
-    def note(self, outcome: Outcome) -> None:
-        """Note what a ``backward`` did."""
+    def note(self, outcome: Outcome, mean: Mean) -> None:
+        """Note what a ``backward`` did.
+
+        Args:
+            outcome: of it.
+            mean: takes the mean of a number over the ranks.
+        """
         if outcome.found is not None:
             self.last, self.steps, self.is_measured = outcome.found, 0, True
         elif outcome.reused is not None and not self.accumulation:
             self.is_measured = outcome.reused is self.last
         if self.is_stepping:
-            self._evaluate(outcome)
+            self._evaluate(outcome, mean)
 
-    def _evaluate(self, outcome: Outcome) -> None:
+    def _evaluate(self, outcome: Outcome, mean: Mean) -> None:
         """Add up the losses of an evaluation by a closure, and weigh them at its end."""
         for name, loss in outcome.losses.items():
             value = loss.detach().reshape(())
@@ -109,7 +120,8 @@ class _Progress:
         else:
             weights = outcome.found.weights
             values = [self.values[name] for name in outcome.found.names]
-        value = weighted_sum(values, weights)
+        # The gradient is that of all ranks, and a line search on each must see the same.
+        value = mean(weighted_sum(values, weights))
         self.value = value if self.value is None else self.value + value
         self.values.clear()
 
@@ -290,7 +302,9 @@ class HarmonizedOptimizer(Optimizer):
             self._reusable,
             [*self._harmonize_hooks.values()],
         )
-        progress.note(outcome)
+        group = None if accumulate_only else sync_group
+        roles = self._roles().own if progress.is_stepping else []
+        progress.note(outcome, lambda value: mean_over_ranks(value, group, roles))
 
     def step(  # type: ignore[override]  # one more way to call it than the base class
         self,
@@ -312,7 +326,8 @@ class HarmonizedOptimizer(Optimizer):
                 ``backward`` since the last step or else at the first evaluation, and held
                 to the end of the step, so that the base minimises one function: it is
                 given the weighted sum of the losses, whose gradient is the harmonized
-                one. A closure that does neither is handed on as it is.
+                one. Terms that the closure differentiates by itself are not in it: make
+                them a loss. A closure that does neither is handed on as it is.
             losses: as for ``backward``: a shorthand for ``zero_grad()``,
                 ``backward(losses)``, ``step()``. With several ranks, as with a closure
                 that returns losses, call them one by one, for ``sync_group``.
@@ -365,14 +380,17 @@ class HarmonizedOptimizer(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear ``.grad`` as the base optimizer does, and any started accumulation."""
-        self._progress.forget()
-        if not self._progress.is_stepping:
-            self._progress.is_measured = False
-        # Some bases take no argument.
-        if set_to_none:
-            self.base_optimizer.zero_grad()
+        progress, clear = self._progress, self.base_optimizer.zero_grad
+        progress.forget()
+        progress.value = None
+        if not progress.is_stepping:
+            progress.is_measured = False
+        if progress.clears_to is None:
+            progress.clears_to = _takes(clear, "set_to_none")
+        if progress.clears_to:
+            clear(set_to_none=set_to_none)
         else:
-            self.base_optimizer.zero_grad(set_to_none=False)
+            clear()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base optimizer."""
@@ -438,6 +456,9 @@ class HarmonizedOptimizer(Optimizer):
 
     def __getattr__(self, name: str) -> Any:
         """Forward unknown public names to the base optimizer."""
+        if name == "_step_supports_amp_scaling" and _asks_scaler(sys._getframe(1)):
+            # The last chance before it unscales: a framework may decide late on a step.
+            self._finish(scaled=True)
         # base_optimizer itself is unknown while unpickling.
         base = self.__dict__.get("base_optimizer")
         if base is not None and not name.startswith("_"):
@@ -451,18 +472,28 @@ class HarmonizedOptimizer(Optimizer):
     def __setattr__(self, name: str, value: object) -> None:
         """Write public names that only the base optimizer has to the base optimizer."""
         base = self.__dict__.get("base_optimizer")
-        ours = (
-            name.startswith("_") or name in self.__dict__ or hasattr(type(self), name)
-        )
-        if ours or base is None or not hasattr(base, name):
+        if base is None or self._owns(name) or not hasattr(base, name):
             super().__setattr__(name, value)
         else:
             setattr(base, name, value)
 
+    def __delattr__(self, name: str) -> None:
+        """Delete public names that only the base optimizer has from the base optimizer."""
+        if self._owns(name) or name in self.__dict__:
+            super().__delattr__(name)
+        else:
+            delattr(self.base_optimizer, name)
+
+    def _owns(self, name: str) -> bool:
+        """Say whether a name is one of this object, whatever the base has."""
+        is_ours = (
+            name in _ARGUMENTS or name in self.__dict__ or hasattr(type(self), name)
+        )
+        return name.startswith("_") or is_ours
+
     def __getstate__(self) -> dict[str, Any]:
         """Give what a copy needs: as in torch, hooks stay behind."""
-        kept = ("base_optimizer", "weighting", "measure_every", "deferred", "_shared")
-        return {name: self.__dict__[name] for name in kept}
+        return {name: self.__dict__[name] for name in (*_ARGUMENTS, "_shared")}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         """Take what :meth:`__getstate__` gave."""
@@ -498,7 +529,7 @@ class HarmonizedOptimizer(Optimizer):
         if closure is not None and not callable(closure):
             given = f"{type(closure)} (losses are given by keyword)"
             raise TypeError(f"closure must be callable, got {given}")
-        if closure is not None and self._shared is not None and isinstance(base, LBFGS):
+        if closure and isinstance(base, LBFGS) and self._roles().summed:
             raise ValueError(f"closure must be None for L-BFGS here: {_NO_FUNCTION}")
         if losses is not None:
             if closure is not None:
@@ -525,41 +556,57 @@ class HarmonizedOptimizer(Optimizer):
         progress = self._progress
         progress.value = None
         progress.values.clear()
-        before = [(grad, grad._version) for grad in self._grads()]
+        # Weakly: what the closure clears must not live on through its passes.
+        before = {id(g): (weakref.ref(g), g._version) for g in self._grads()}
         with torch.enable_grad():  # as bases do, but for those that leave it to us
             result = closure()
             is_done = progress.value is not None or bool(progress.values)
-            if not is_done and _are_losses(result):
-                after = [(grad, grad._version) for grad in self._grads()]
-                # One element, and a backward pass has been: a loss, not a list of one.
-                if not (_is_single(result) and _differ(before, after)):
-                    losses = named_losses(result)
-                    self.zero_grad()
-                    self.backward(losses)
+            # One element, and a backward pass has been: a loss, not a list of one.
+            is_loss = _is_single(result) and self._has_new_grads(before)
+            if _are_losses(result) and not (is_done or is_loss):
+                losses = named_losses(result)
+                self.zero_grad()
+                self.backward(losses)
             self._finish()
         if progress.value is None:
             self._warn_of_plain_gradients()
             return result
         return progress.value
 
-    def _finish(self) -> None:
-        """Harmonize micro-batches that were only accumulated, into ``.grad``."""
+    def _finish(self, *, scaled: bool = False) -> None:
+        """Harmonize micro-batches that were only accumulated, into ``.grad``.
+
+        Args:
+            scaled: a GradScaler is about to unscale the gradients.
+        """
         progress = self._progress
         if not progress.accumulation:
             return
-        if any(_has_unscaled(scaler, self) for scaler in progress.scalers()):
+        # Without gradients no scaler has unscaled any. To search takes time.
+        scalers = living(GradScaler) if self._grads() or scaled else []
+        if any(_has_unscaled(scaler, self) for scaler in scalers):
             raise RuntimeError(
                 "micro-batches were only accumulated, and a GradScaler has unscaled the "
                 f"gradients already: {LATE}, before unscale_() and step() of the scaler"
             )
         hooks = [*self._harmonize_hooks.values()]
-        progress.note(
-            finish(self._roles(), self.weighting, progress.accumulation, hooks)
-        )
+        roles = self._roles()
+        outcome = finish(roles, self.weighting, progress.accumulation, hooks)
+        progress.note(outcome, lambda value: mean_over_ranks(value, None, roles.own))
 
     def _grads(self) -> list[Tensor]:
         parameters = (parameter for _, parameter in self._placed())
         return [p.grad for p in parameters if p.grad is not None]
+
+    def _has_new_grads(
+        self, before: Mapping[int, tuple[weakref.ref[Tensor], int]]
+    ) -> bool:
+        """Say whether gradients were made or changed."""
+        for grad in self._grads():
+            old, version = before.get(id(grad), (None, 0))
+            if old is None or old() is not grad or version != grad._version:
+                return True
+        return False
 
     def _warn_of_plain_gradients(self) -> None:
         """Warn once of a training that does not know of ``backward``."""
@@ -603,10 +650,13 @@ class HarmonizedOptimizer(Optimizer):
         """
         progress, last = self._progress, self._progress.last
         is_held = progress.is_stepping and progress.is_measured
-        if is_held and self._shared is not None:
+        if is_held and self._roles().summed:
             raise RuntimeError(f"closure must harmonize once in a step: {_NO_FUNCTION}")
         serves = is_held or 0 < progress.steps < self.measure_every
-        return last if serves and last and {*last.names} == losses.keys() else None
+        if not (serves and last and {*last.names} == losses.keys()):
+            return None
+        # What was not finite was no measurement, and its step may well have been skipped.
+        return None if is_held and not last.weights.isfinite().all() else last
 
     def _placed(self) -> Iterator[tuple[tuple[int, int], Tensor]]:
         """Yield the parameters with their places: number of the group, number in it."""
@@ -640,6 +690,8 @@ class HarmonizedOptimizer(Optimizer):
         return frozenset(place for place, p in self._placed() if p in members)
 
 
+_ARGUMENTS = ("base_optimizer", "weighting", "measure_every", "deferred")
+
 _NO_FUNCTION = (
     "with shared_params some parameters receive the weighted sum, the others the plain sum, "
     "and no function has both as its gradient. Leave shared_params out, or give the other "
@@ -647,31 +699,43 @@ _NO_FUNCTION = (
 )
 
 
+_stepping = threading.local()
+"""In ``bases``: those that step in this thread, inside a wrapper."""
+
+
+class _ButForBases:
+    """A global step hook of torch that passes by the bases of wrappers.
+
+    It has run for the wrapper. In the place of the hook, so that handles find it, and for
+    good: to take it out and put it in again would not be safe among threads.
+    """
+
+    def __init__(self, hook: Callable[..., Any]) -> None:
+        self._hook = hook
+
+    def __call__(self, optimizer: Optimizer, *args: Any) -> Any:
+        """Run the hook, or pass by."""
+        bases = getattr(_stepping, "bases", [])
+        if any(optimizer is base for base in bases):
+            return None
+        return self._hook(optimizer, *args)
+
+
 @contextmanager
 def _passing_by(base: Optimizer) -> Iterator[None]:
-    """Keep torch's global step hooks from running for the base as well.
-
-    They have run for the wrapper. Those of other optimizers, as in a base that wraps one
-    itself, go on.
-    """
-    kinds = ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
+    """Keep torch's global step hooks from running for the base as well."""
     module = import_module("torch.optim.optimizer")  # torch.optim hides its name
-    before = {kind: getattr(module, kind) for kind in kinds}
-    if not any(before.values()):
-        yield
-        return
-
-    def but_for_base(hook: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda other, *args: None if other is base else hook(other, *args)
-
-    for kind, hooks in before.items():
-        quiet = OrderedDict((key, but_for_base(hook)) for key, hook in hooks.items())
-        setattr(module, kind, quiet)
+    for kind in ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks"):
+        hooks = getattr(module, kind)
+        for key, hook in list(hooks.items()):
+            if not isinstance(hook, _ButForBases):
+                hooks[key] = _ButForBases(hook)
+    bases = _stepping.__dict__.setdefault("bases", [])
+    bases.append(base)
     try:
         yield
     finally:
-        for kind, hooks in before.items():
-            setattr(module, kind, hooks)
+        bases.remove(base)
 
 
 def _takes(function: Callable[..., Any], keyword: str) -> bool:
@@ -685,22 +749,25 @@ def _are_losses(result: Any) -> bool:
     """Say whether a closure returned losses, and not one number in whatever form."""
     if isinstance(result, Tensor):
         return result.dim() == 1 and (result.numel() != 1 or result.requires_grad)
-    return isinstance(result, Iterable) and not isinstance(result, str | bytes)
+    # An array of no dimension calls itself iterable.
+    is_number = getattr(result, "ndim", None) == 0
+    return isinstance(result, Iterable) and not (
+        is_number or isinstance(result, str | bytes)
+    )
 
 
 def _is_single(result: Any) -> bool:
     return isinstance(result, Tensor) and result.numel() == 1
 
 
-def _differ(before: list[tuple[Tensor, int]], after: list[tuple[Tensor, int]]) -> bool:
-    """Say whether gradients were made or changed."""
-    if len(before) != len(after):
-        return True
-    pairs = zip(before, after, strict=True)
-    return any(one is not two or old != new for (one, old), (two, new) in pairs)
+def _asks_scaler(frame: FrameType) -> bool:
+    """Say whether it is GradScaler.step that asks for an attribute."""
+    return frame.f_code is GradScaler.step.__code__
 
 
-def _has_unscaled(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> bool:
+def _has_unscaled(scaler: GradScaler, optimizer: Optimizer) -> bool:
     """Say whether a scaler has unscaled the gradients of the step to come."""
-    state = scaler._per_optimizer_states.get(id(optimizer))
+    # One that is not enabled has none.
+    states = getattr(scaler, "_per_optimizer_states", {})
+    state = states.get(id(optimizer))
     return state is not None and state["stage"] is not OptState.READY

@@ -9,6 +9,7 @@ stay as they are, in :func:`taken`, it is the other way round.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -103,50 +104,50 @@ def _sum(grad: Tensor | None, added: Tensor | None) -> Tensor | None:
     return added + grad if grad.is_sparse else grad + added
 
 
-@contextmanager
-def _left_alone(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Refuse passes that use up the gradients which they make.
+class _Watch:
+    """Sees optimizers that step inside backward, parameter by parameter, in hooks.
 
-    Some train without keeping gradients: an optimizer per parameter steps in a hook,
-    inside the backward pass. Then the pass of the first task trains on its gradient alone,
-    and those of the others meet other parameters.
-
-    Raises:
-        RuntimeError: if a parameter has changed, or a hook took its gradient away.
+    They use up the gradients as they are made: the pass of the first task would train on
+    its gradient alone, and those of the others meet other parameters. Where a parameter
+    has changed but kept its gradient, and has no hook, something else did it, which torch
+    allows: an embedding that renormalizes in a checkpoint, another thread.
     """
-    versions = [parameter._version for parameter in parameters]
-    taken: list[Tensor] = []
 
-    def note(parameter: Tensor) -> None:
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._versions = {parameter: parameter._version for parameter in parameters}
+        self._hooked = [p for p in parameters if p._post_accumulate_grad_hooks]
+        self._handles = [
+            parameter.register_post_accumulate_grad_hook(self._note)  # type: ignore[no-untyped-call]  # torch's
+            for parameter in self._hooked
+        ]
+        self._taken: list[Tensor] = []
+
+    def _note(self, parameter: Tensor) -> None:
         if parameter.grad is None:
-            taken.append(parameter)
+            self._taken.append(parameter)
 
-    handles = [
-        parameter.register_post_accumulate_grad_hook(note)  # type: ignore[no-untyped-call]  # torch's
-        for parameter in parameters
-        if parameter._post_accumulate_grad_hooks
-    ]
+    def check(self, error: Exception | None = None) -> None:
+        """Refuse what was seen up to now, before the gradients are taken.
 
-    def check(error: Exception | None = None) -> None:
-        for place, (p, version) in enumerate(zip(parameters, versions, strict=True)):
-            if p._version == version and not any(p is one for one in taken):
-                continue
-            what = "changed" if p._version != version else "lost its gradient to a hook"
+        Raises:
+            RuntimeError: if a parameter lost its gradient to a hook, or changed and has a
+                hook or no gradient.
+        """
+        suspects = self._hooked + [p for p in self._versions if p.grad is None]
+        changed = (p for p in suspects if p._version != self._versions[p])
+        for parameter in chain(self._taken, changed):
+            place = next(i for i, p in enumerate(self._versions) if p is parameter)
             raise RuntimeError(
-                f"a parameter, number {place} of shape {list(p.shape)}, {what} during the "
-                "backward passes of the tasks: an optimizer that steps inside backward "
-                "(optimizer-in-backward) cannot be harmonized; take its hooks away"
+                f"a parameter, number {place} of shape {list(parameter.shape)}, was changed "
+                "or lost its gradient during the backward passes of the tasks: an "
+                "optimizer that steps inside backward (optimizer-in-backward) cannot be "
+                "harmonized; take its hooks away"
             ) from error
 
-    try:
-        yield
-    except Exception as error:
-        check(error)
-        raise
-    finally:
-        for handle in handles:
+    def end(self) -> None:
+        """Take our hooks away."""
+        for handle in self._handles:
             handle.remove()
-    check()
 
 
 def run_passes(
@@ -175,8 +176,14 @@ def run_passes(
         ranks: average the gradients of each task, while the passes of the next ones run,
             and at last those of the other parameters.
     """
-    with _left_alone(roles.own):
-        averages = _run_all(losses, gradients, roles, run, retain_graph, ranks)
+    watch = _Watch(roles.own)
+    try:
+        averages = _run_all(losses, gradients, roles, run, retain_graph, ranks, watch)
+    except Exception as error:
+        watch.check(error)
+        raise
+    finally:
+        watch.end()
     others = [*roles.summed, *roles.outside]
     sums = {p: p.grad for p in others if p.grad is not None}
     if others:
@@ -194,6 +201,7 @@ def _run_all(
     run: RunPass,
     retain_graph: bool,
     ranks: Alone | Ranks,
+    watch: _Watch,
 ) -> list[Callable[[], None]]:
     """Run the passes of :func:`run_passes`; give what waits for the averages."""
     *_, last = (name for name, loss in losses.items() if loss.requires_grad)
@@ -208,6 +216,7 @@ def _run_all(
                 parameter.grad = of_task.pop(parameter, None)
             with _with_cure():
                 run(name, loss, retain_graph or name != last)
+            watch.check()
             for parameter in roles.harmonized:
                 if parameter.grad is not None:
                     of_task[parameter] = _own(parameter.grad, parameter, places)

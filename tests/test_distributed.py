@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import SGD, AdamW
+from torch.optim import LBFGS, SGD, AdamW
 from torch.testing import assert_close
 
 from ghopt import HarmonizedOptimizer
@@ -522,6 +522,96 @@ def fixed_weights() -> list[float]:
 
 def test_the_tensor_of_a_weighting_is_not_overwritten() -> None:
     assert run_on_ranks(2, fixed_weights) == [[1.0, 2.0], [1.0, 3.0]]
+
+
+def late_reused_step(measure_every: int, tasks: int) -> str:
+    """Step late between measurements, or with a single task."""
+    model = models.make(models.heads_on_a_trunk, 2)
+    ddp = DistributedDataParallel(model)
+    base = SGD(model.parameters(), lr=0.1)
+    optimizer = HarmonizedOptimizer(base, measure_every=measure_every)
+    with ddp.no_sync():
+        optimizer.backward(ddp(*share(*models.batch(2)))[:tasks], sync_group=ddp)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses = ddp(*share(*models.batch(2)))[:tasks]
+        optimizer.backward(losses, accumulate_only=True)
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(("measure_every", "tasks"), [(4, 2), (1, 1)])
+def test_a_single_pass_that_was_accumulated_is_local_too(
+    measure_every: int, tasks: int
+) -> None:
+    for error in run_on_ranks(2, late_reused_step, measure_every, tasks):
+        assert "without accumulate_only, with sync_group" in error
+
+
+def late_step_of_one_rank() -> None:
+    ddp, optimizer, _ = ddp_step()
+    with ddp.no_sync():
+        losses = ddp(*models.batch(2))
+        optimizer.backward(losses, accumulate_only=True, sync_group=ddp)
+    optimizer.step()
+
+
+def test_a_single_rank_has_nothing_to_average() -> None:
+    run_on_ranks(1, late_step_of_one_rank)
+
+
+def lbfgs_on_shares() -> tuple[list[float], dict[str, Tensor]]:
+    """Minimise with a line search, each rank on its share of the batch."""
+    model = models.make(models.heads_on_a_trunk, 2)
+    ddp = DistributedDataParallel(model)
+    base = LBFGS(model.parameters(), max_iter=8, line_search_fn="strong_wolfe")
+    optimizer = HarmonizedOptimizer(base)
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        with ddp.no_sync():
+            optimizer.backward(ddp(*share(*models.batch(2))), sync_group=ddp)
+        return 0.0
+
+    values: Any = [optimizer.step(closure) for _ in range(4)]
+    return [value.item() for value in values], weights_of(model)
+
+
+def test_a_line_search_sees_the_same_function_on_every_rank() -> None:
+    model = models.make(models.heads_on_a_trunk, 2)
+    base = LBFGS(model.parameters(), max_iter=8, line_search_fn="strong_wolfe")
+    optimizer = HarmonizedOptimizer(base)
+    expected: Any = [optimizer.step(lambda: model(*models.batch(2))) for _ in range(4)]
+    for values, weights in run_on_ranks(2, lbfgs_on_shares):
+        assert_close(
+            torch.tensor(values).double(), torch.stack(expected), rtol=1e-4, atol=0
+        )
+        assert_close(weights, weights_of(model), rtol=1e-4, atol=1e-4)
+
+
+def gradients_with_graph() -> str:
+    ddp, optimizer, model = ddp_step()
+    with ddp.no_sync():
+        losses = ddp(*share(*models.batch(2)))
+        try:
+            optimizer.backward(
+                losses,
+                backward_fn=lambda loss, **_: loss.backward(create_graph=True),
+                sync_group=ddp,
+            )
+        except ValueError as error:
+            assert all(grad is None for grad in grads_of(model))
+            return str(error)
+    return ""
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
+def test_graphs_of_gradients_cannot_be_averaged() -> None:
+    for error in run_on_ranks(2, gradients_with_graph):
+        assert "create_graph=True with sync_group" in error
 
 
 # What would go wrong is refused

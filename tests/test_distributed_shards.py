@@ -140,6 +140,10 @@ def pass_of_unlike_losses(how: str) -> str:
                 losses["b"] = torch.zeros((), dtype=torch.float64)
             case "a constant with the cure":
                 losses["b"] = 0 * b
+            case "nothing but constants":
+                losses = dict.fromkeys("ab", torch.zeros((), dtype=torch.float64))
+            case "a loss of another kind":
+                losses["b"] = torch.zeros(2, requires_grad=True)
             case "a task less":
                 del losses["b"]
             case "other names":
@@ -149,10 +153,18 @@ def pass_of_unlike_losses(how: str) -> str:
     group = True if how == "a constant, as a group" else None
     try:
         optimizer.backward(losses, sync_group=group)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         assert all(parameter.grad is None for parameter in model.parameters())
         return str(error)
     return ""
+
+
+@pytest.mark.parametrize("how", ["nothing but constants", "a loss of another kind"])
+def test_a_rank_that_fails_before_its_passes_lets_no_other_wait(how: str) -> None:
+    first, second = run_on_ranks(2, pass_of_unlike_losses, how, timeout=20)
+    assert "rank(s) [1] failed before the backward passes" in first
+    assert "0 * out.sum()" in first
+    assert second.startswith("losses")
 
 
 @pytest.mark.parametrize(

@@ -191,6 +191,13 @@ def test_an_aggregator_of_torchjd_is_refused(aggregator: Any, where: str) -> Non
         uses[where]()
 
 
+def test_an_aggregator_without_a_weighting_is_refused_too() -> None:
+    model, losses = conflict()
+    aggregator: Any = torchjd.aggregation.ConFIG()
+    with pytest.raises(TypeError, match=r"ConFIG\(\): pass one of its weightings"):
+        harmonized_loss(losses, model.parameters(), aggregator)
+
+
 def test_its_weighting_is_welcome() -> None:
     model, losses = conflict()
     HarmonizedOptimizer(SGD(model.parameters()), UPGradWeighting()).backward(losses)

@@ -200,6 +200,29 @@ def test_a_weight_that_a_dtype_cannot_hold_is_an_error(dtype: torch.dtype) -> No
         harmonized_loss([weight.sum(), -weight[0]], [weight], rule)
 
 
+def test_half_precision_may_have_large_weights_of_small_gradients() -> None:
+    """They are summed in float32, and what comes of it fits."""
+    weight = torch.ones(2, dtype=torch.float16, requires_grad=True)
+    tiny = (weight * torch.tensor([1e-4, 0], dtype=torch.float16)).sum()
+    large = (weight * torch.tensor([-20.0, 5], dtype=torch.float16)).sum()
+    optimizer = HarmonizedOptimizer(SGD([weight], lr=1e-3))
+    optimizer.backward([tiny, large])
+    assert optimizer.last is not None
+    assert optimizer.last.weights.max() > 65504
+    assert weight.grad is not None
+    assert_close(weight.grad[1], torch.tensor(5.0, dtype=torch.float16))
+
+
+def test_an_error_of_an_iterator_is_its_own() -> None:
+    _, optimizer, _ = step_input()
+
+    def fail(_: int) -> Tensor:
+        raise ValueError("batch sizes differ")
+
+    with pytest.raises(ValueError, match="batch sizes differ"):
+        optimizer.backward(map(fail, range(2)))
+
+
 def test_weights_that_are_not_finite_are_no_error() -> None:
     weight = torch.ones(3, requires_grad=True)
     optimizer = HarmonizedOptimizer(SGD([weight], lr=0.1))

@@ -115,7 +115,7 @@ class StoredGradients:
         """
         parts = self._all or self._parts()
         grads = [grad for entries in parts.given.values() for grad in entries.values()]
-        check_range(weights, (grad.dtype for grad in grads))
+        check_range(weights, (grad.dtype for grad in grads), gramian)
         if any(grad.requires_grad for grad in grads):
             return {p: add_with_graph(e, weights) for p, e in parts.given.items()}
         add(parts.prepared, weights, gramian)

@@ -70,6 +70,12 @@ def process_group(sync_group: SyncGroup) -> "ProcessGroup":
     return group
 
 
+def averages(sync_group: SyncGroup, parameters: Iterable[Tensor]) -> bool:
+    """Say whether there is anything to average: DTensors are averaged already."""
+    several = process_group(sync_group).size() > 1
+    return several and not all(is_dtensor(parameter) for parameter in parameters)
+
+
 def agree_on_passes(parameters: Iterable[Tensor], losses: Mapping[str, Tensor]) -> None:
     """See that all ranks of sharded parameters will run the same backward passes.
 
@@ -79,24 +85,29 @@ def agree_on_passes(parameters: Iterable[Tensor], losses: Mapping[str, Tensor]) 
 
     Args:
         parameters: nothing is sent unless there are DTensors on a mesh of several ranks.
-        losses: of this rank, by name.
+        losses: of this rank, by name; none if it failed before.
 
     Raises:
         ValueError: if the ranks differ.
+        RuntimeError: if a rank failed before.
     """
-    meshes = [p.device_mesh for p in parameters if is_dtensor(p)]
-    mesh = max(meshes, key=lambda mesh: mesh.size(), default=None)
-    if mesh is None or mesh.size() == 1:
+    mesh = _mesh_of(parameters)
+    if mesh is None:
         return
     flags = [loss.requires_grad for loss in losses.values()]
-    digest = _digest([*losses, *flags])
-    rows = _gathered(mesh, [digest, len(flags)])
+    rows = _gathered(mesh, [_digest([*losses, *flags]), len(flags)])
     if all(row == rows[0] for row in rows):
         return
+    ranks = mesh.mesh.flatten().tolist()
+    failed = [rank for rank, (_, tasks) in zip(ranks, rows, strict=True) if not tasks]
+    if failed:
+        raise RuntimeError(
+            f"rank(s) {failed} failed before the backward passes: the error is in their "
+            f"output. {_NOTHING_THERE}"
+        )
     most = max(tasks for _, tasks in rows)
     # Of a task that a rank does not have: 0.
     table = _gathered(mesh, [1 + flag for flag in flags] + [0] * (most - len(flags)))
-    ranks = mesh.mesh.flatten().tolist()
     names = [*losses]
     for task, kinds in enumerate(zip(*table, strict=True)):
         if len({*kinds}) > 1:
@@ -105,16 +116,39 @@ def agree_on_passes(parameters: Iterable[Tensor], losses: Mapping[str, Tensor]) 
             raise ValueError(
                 f"losses must require grad on all ranks or on none, got task {name} "
                 f"without on rank(s) {idle}, whose backward pass the others would wait "
-                "for: where a rank has nothing for a task, use 0 * out.sum()"
+                f"for. {_NOTHING_THERE}"
             )
     raise ValueError(
         f"losses must be those of the same tasks on all ranks, got {names}"
     )
 
 
+_NOTHING_THERE = "Where a rank has nothing for a task, use 0 * out.sum()"
+
+
+@contextmanager
+def failing_together(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Tell the ranks of sharded parameters of an error before :func:`agree_on_passes`."""
+    try:
+        yield
+    except Exception:
+        with suppress(RuntimeError):
+            agree_on_passes(parameters, {})
+        raise
+
+
+def _mesh_of(parameters: Iterable[Tensor]) -> "DeviceMesh | None":
+    """Find the largest mesh of some parameters, if several ranks share one."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    meshes = [p.device_mesh for p in parameters if is_dtensor(p)]
+    mesh = max(meshes, key=lambda mesh: mesh.size(), default=None)
+    return None if mesh is None or mesh.size() == 1 else mesh
+
+
 def _gathered(mesh: "DeviceMesh", row: list[int]) -> list[list[int]]:
     """Give the rows of all ranks of a mesh, in their order in it."""
-    place = (mesh.mesh == dist.get_rank()).flatten().to(torch.int64)
+    place = (mesh.mesh == dist.get_rank()).flatten().to("cpu", torch.int64)
     table = place[:, None] * torch.tensor(row, dtype=torch.int64, device="cpu")
     for axis in range(mesh.ndim):
         group = mesh.get_group(axis)
@@ -123,6 +157,21 @@ def _gathered(mesh: "DeviceMesh", row: list[int]) -> list[list[int]]:
         table = message.cpu()
     rows: list[list[int]] = table.tolist()
     return rows
+
+
+def mean_over_ranks(
+    value: Tensor, sync_group: SyncGroup | None, parameters: Iterable[Tensor]
+) -> Tensor:
+    """Average a number over the ranks that average the gradients, or share them."""
+    mesh = _mesh_of(parameters)
+    groups = [mesh.get_group(axis) for axis in range(mesh.ndim)] if mesh else []
+    if not groups and sync_group is not None and sync_group is not False:
+        groups = [process_group(sync_group)]
+    mean = value.clone()
+    for group in groups:
+        dist.all_reduce(mean, group=group)
+        mean /= group.size()
+    return mean
 
 
 def _talking_device(group: "ProcessGroup") -> torch.device:
@@ -258,6 +307,11 @@ class Ranks:
         """
         wanted = self._summed if of_all_tasks else self._shared
         mine = [gradients.get(parameter) for parameter in wanted]
+        if any(grad is not None and grad.requires_grad for grad in mine):
+            raise ValueError(
+                "backward_fn must not use create_graph=True with sync_group: gradients "
+                "can be averaged over the ranks, but not the graphs that made them"
+            )
         dense = [grad is not None and not grad.is_sparse for grad in mine]
         sparse = [grad is not None and grad.is_sparse for grad in mine]
         flags = torch.tensor([*dense, *sparse], dtype=torch.uint8, device="cpu")

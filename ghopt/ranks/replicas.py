@@ -73,6 +73,7 @@ class Replicas:
         losses: Iterable[Tensor],
         sync_group: SyncGroup | None,
         *,
+        several: bool,
         accumulate_only: bool,
     ) -> bool:
         """Refuse losses whose gradients would not all be averaged, once each.
@@ -81,6 +82,7 @@ class Replicas:
             parameters: those of the optimizer.
             losses: each will have a backward pass of its own.
             sync_group: as for ``backward``.
+            several: there are several passes, or the ranks would average a single one.
             accumulate_only: nothing is averaged in this call.
 
         Returns:
@@ -102,7 +104,7 @@ class Replicas:
             others = set() if model in given else {*also_trained([model], known)}
             if is_ours:
                 _refuse_shards(model)
-                if model.require_forward_param_sync:
+                if model.require_forward_param_sync and several:
                     raise RuntimeError(
                         "losses need one backward pass each, but the DDP model of these "
                         f"parameters averages the first one only: {_CURE}"
@@ -118,7 +120,7 @@ class Replicas:
                     raise RuntimeError(
                         f"losses reach {_name(model)}, a DDP model beside this optimizer, "
                         f"in {passes} backward passes, of which it averages the first one "
-                        f"only: {_CURE}"
+                        f"only: {_CURE}. Or freeze the model, if its gradients are not wanted"
                     )
                 continue
             if model.process_group.size() == 1 or sync_group is False:

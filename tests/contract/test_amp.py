@@ -1,6 +1,7 @@
 """Mixed precision: loss scaling, autocast, and parameters of several dtypes."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -489,10 +490,7 @@ def test_losses_of_several_dtypes_are_of_one_step() -> None:
 # Micro-batches that were only accumulated
 
 
-@pytest.mark.parametrize("by_hand", [True, False])
-def test_a_late_step_after_unscaling_is_refused_and_loses_nothing(
-    by_hand: bool,
-) -> None:
+def test_a_late_step_after_unscaling_is_refused_and_loses_nothing() -> None:
     """What is pending is scaled still: the scaler has no part in it."""
     model, expected = models.make(models.one_head_for_all, 2), None
     optimizer, scaler = wrap(model), new_scaler()
@@ -500,12 +498,12 @@ def test_a_late_step_after_unscaling_is_refused_and_loses_nothing(
     losses = [*scaler.scale(model(*models.batch(2, 1)))]
     optimizer.backward(losses, retain_graph=True, accumulate_only=True)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    if by_hand:
-        scaler.unscale_(optimizer)
-    with pytest.raises(
-        RuntimeError, match=r"before unscale_\(\) and step\(\) of the sc"
-    ):
-        (optimizer if by_hand else scaler).step(*(() if by_hand else (optimizer,)))
+    scaler.unscale_(optimizer)
+    for step in (optimizer.step, partial(scaler.step, optimizer)):
+        with pytest.raises(
+            RuntimeError, match=r"before unscale_\(\) and step\(\) of the"
+        ):
+            step()
     assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
     # The micro-batch is there still, for the call that the error asks for.
     model.zero_grad()
@@ -515,6 +513,40 @@ def test_a_late_step_after_unscaling_is_refused_and_loses_nothing(
     literal = wrap(expected)
     literal.backward([2 * loss for loss in scaler.scale(expected(*models.batch(2, 1)))])
     assert_close(twice, [p.grad for p in expected.parameters()])
+
+
+def test_a_scaler_may_step_on_nothing_but_accumulated_micro_batches() -> None:
+    """A framework decided late; the scaler asks before it unscales."""
+    made = []
+    for late in (False, True):
+        model = models.make(models.one_head_for_all, 2)
+        optimizer, scaler = wrap(model), new_scaler()
+        for seed in range(2):
+            losses = scaler.scale(model(*models.batch(2, seed)))
+            optimizer.backward(losses, accumulate_only=late or seed == 0)
+        scaler.step(optimizer)
+        scaler.update()
+        made.append(dict(model.state_dict()))
+    assert_close(made[1], made[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_scaler_that_comes_late_is_seen(enabled: bool) -> None:
+    model = models.make(models.one_head_for_all, 2)
+    optimizer = wrap(model)
+    for seed in range(3):
+        optimizer.zero_grad()
+        optimizer.backward(model(*models.batch(2, seed)), accumulate_only=True)
+        optimizer.step()
+    scaler = GradScaler("cpu", enabled=enabled)
+    optimizer.backward(scaler.scale(model(*models.batch(2, 3))))
+    optimizer.backward(scaler.scale(model(*models.batch(2, 4))), accumulate_only=True)
+    scaler.unscale_(optimizer)
+    if enabled:
+        with pytest.raises(RuntimeError, match="has unscaled the gradients already"):
+            optimizer.step()
+    else:
+        scaler.step(optimizer)
 
 
 def test_a_late_step_before_unscaling_is_all_right() -> None:

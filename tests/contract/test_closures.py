@@ -1,6 +1,7 @@
 """Closures: handed to the base, or their losses harmonized."""
 
 import statistics
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
@@ -516,6 +517,82 @@ def test_one_loss_of_one_element_is_harmonized_if_nobody_has_run_its_pass() -> N
         literal.step(losses=expected(*models.batch(1, seed)))
         optimizer.step(lambda seed=seed: actual(*models.batch(1, seed))[0].view(1))  # type: ignore[misc]  # inferred
     assert_close(weights_of(actual), weights_of(expected), rtol=0, atol=0)
+
+
+def test_one_loss_of_one_element_is_harmonized_where_the_closure_clears() -> None:
+    """Gradients that are gone are no sign of a backward pass."""
+    model = network(1)
+    optimizer = wrap(model)
+
+    def closure() -> Any:
+        optimizer.zero_grad()
+        return model(*models.batch(1))[0].view(1)
+
+    for _ in range(3):
+        before = weights_of(model)
+        optimizer.step(closure)
+        assert any(not before[name].equal(p) for name, p in weights_of(model).items())
+
+
+def test_an_array_of_no_dimension_is_a_number() -> None:
+    value: Any = np.array(1.5)
+    assert wrap(network()).step(lambda: value) is value
+
+
+def test_a_cleared_gradient_is_no_part_of_the_value() -> None:
+    """A probe before the pass that counts."""
+    model = network()
+    optimizer = wrap(model)
+
+    def closure() -> float:
+        for _ in range(2):
+            optimizer.zero_grad()
+            optimizer.backward(model(*models.batch(2)))
+        return 0.0
+
+    losses = torch.stack(model(*models.batch(2))).detach()
+    value: Any = optimizer.step(closure)
+    assert optimizer.last is not None
+    assert_close(value, optimizer.last.weights @ losses)
+
+
+def test_what_a_closure_clears_does_not_live_on() -> None:
+    model = network()
+    optimizer = wrap(model)
+    optimizer.step(losses=model(*models.batch(2)))
+    old = [weakref.ref(grad) for grad in grads(model) if grad is not None]
+
+    def closure() -> Any:
+        optimizer.zero_grad()
+        assert all(reference() is None for reference in old)
+        return model(*models.batch(2))
+
+    optimizer.step(closure)
+
+
+def test_weights_that_were_not_finite_are_not_held() -> None:
+    model, optimizer, base = evaluating()
+    a, b = model(*models.batch(2))
+    optimizer.backward([torch.nan * a, b])
+    model.zero_grad()  # a step that is skipped
+    optimizer.step(lambda: model(*models.batch(2)))
+    assert optimizer.last is not None
+    assert optimizer.last.weights.isfinite().all()
+    assert len(base.seen) == 3
+
+
+@pytest.mark.parametrize("evaluates", ["once", "often"])
+def test_all_parameters_may_be_shared(evaluates: str) -> None:
+    """Then there is a function: all of them receive the weighted sum."""
+    model = network()
+    base = Evaluating(model.parameters())
+    base.model = model
+    lbfgs = LBFGS(model.parameters())
+    optimizer = HarmonizedOptimizer(
+        base if evaluates == "often" else lbfgs, shared_params=model.parameters()
+    )
+    optimizer.step(lambda: model(*models.batch(2)))
+    assert optimizer.last is not None
 
 
 @pytest.mark.parametrize("clears", [True, False])

@@ -287,12 +287,23 @@ def test_a_hook_that_takes_a_gradient_away_is_refused() -> None:
     bias = model.trunk[0].bias  # type: ignore[index]  # Sequential
     handle = bias.register_post_accumulate_grad_hook(take)
     with pytest.raises(
-        RuntimeError, match=r"number 1 of shape \[8\], lost its gradient"
+        RuntimeError, match=r"number 1 of shape \[8\], was changed or lost"
     ):
         optimizer.backward(model(*models.batch(2)))
     assert taken
     handle.remove()
     optimizer.backward(model(*models.batch(2)))
+
+
+def test_a_parameter_that_changes_by_itself_is_no_optimizer_in_backward() -> None:
+    """An embedding renormalizes where a checkpoint computes it anew."""
+    table = nn.Embedding(10, 4, max_norm=1.0).double()
+    head = nn.Linear(4, 2).double()
+    optimizer = HarmonizedOptimizer(SGD([*table.parameters(), *head.parameters()], 0.1))
+    hidden = checkpoint(lambda i: table(i).tanh(), torch.arange(5), use_reentrant=False)
+    out = head(hidden)
+    optimizer.backward([out[:, 0].mean(), out[:, 1].square().mean()])
+    assert optimizer.last is not None
 
 
 def with_graph(loss: Tensor, **_: bool) -> None:

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, TypeVar
+from unittest import mock
 
 import pytest
 import torch
@@ -316,6 +317,45 @@ def test_names_that_only_the_base_has_are_written_to_the_base() -> None:
     assert "step" not in vars(base)
 
 
+def test_names_of_both_are_kept_apart() -> None:
+    model = models.make(models.heads_on_a_trunk, 2)
+    base: Any = SGD(model.parameters(), lr=0.1)
+    base.weighting = base.measure_every = base.mode = "theirs"
+    optimizer: Any = HarmonizedOptimizer(base, ghpp, measure_every=2)
+    assert (base.weighting, base.measure_every) == ("theirs", "theirs")
+    assert (optimizer.weighting, optimizer.measure_every) == (ghpp, 2)
+    assert pickle.loads(pickle.dumps(optimizer)).measure_every == 2
+    with mock.patch.object(optimizer, "mode", "ours"):
+        assert base.mode == "ours"
+    assert optimizer.mode == "theirs"
+    del base.weighting
+    base.mode = "theirs"
+    del optimizer.mode
+    assert base.mode == "theirs"  # what mock put back was the wrapper's
+    del optimizer.mode
+    assert not hasattr(base, "mode")
+    optimizer.note = 1
+    del optimizer.note
+    with pytest.raises(AttributeError):
+        del optimizer.note
+
+
+class KeepsZeros(SGD):
+    """As older optimizers: zeros unless told otherwise."""
+
+    def zero_grad(self, set_to_none: bool = False) -> None:
+        super().zero_grad(set_to_none)
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+def test_the_argument_of_zero_grad_reaches_the_base(to_none: bool) -> None:
+    weight = torch.ones(2, requires_grad=True)
+    optimizer = HarmonizedOptimizer(KeepsZeros([weight], lr=0.1))
+    weight.grad = torch.ones(2)
+    optimizer.zero_grad(set_to_none=to_none)
+    assert (weight.grad is None) == to_none
+
+
 def test_a_typo_is_one_of_the_wrapper() -> None:
     _, optimizer = wrapped(ADAMW)
     with pytest.raises(AttributeError, match="'HarmonizedOptimizer' object") as caught:
@@ -469,6 +509,25 @@ def test_a_global_hook_may_change_the_arguments_and_is_back_after_an_error() -> 
     with register_optimizer_step_post_hook(noted.hook("post")):
         optimizer.step()
     assert noted.events == [("post", optimizer)]
+
+
+def test_a_global_hook_may_come_and_go_within_a_step() -> None:
+    _, optimizer = wrapped(ADAMW)
+    other, noted = SGD([torch.ones(1, requires_grad=True)], lr=0.1), Recorder()
+    handles: list[Any] = []
+
+    def register(*_: object) -> None:
+        if not handles:
+            handles.append(register_optimizer_step_pre_hook(noted.hook("late")))
+
+    with register_optimizer_step_post_hook(register):
+        optimizer.step()
+    other.step()
+    optimizer.step()
+    assert noted.events == [("late", other), ("late", optimizer)]
+    handles[0].remove()
+    other.step()
+    assert len(noted.events) == 2
 
 
 def test_global_hooks_go_on_for_other_optimizers_that_step_meanwhile() -> None:
