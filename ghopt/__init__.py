@@ -11,9 +11,11 @@ from ghopt.geometry import (
     ghpp_printed,
     ghpp_printed_coefficients,
 )
-from ghopt.harmonize import Accumulation, Harmonization, backward, harmonized_loss
+from ghopt.harmonize import Accumulation, backward
+from ghopt.measuring import Harmonization, harmonized_loss
 from ghopt.optimizer import HarmonizedOptimizer
-from ghopt.recording import Recorder, Recording, measure
+from ghopt.recorder import Recorder, measure
+from ghopt.recording import Recording
 
 __all__ = [
     "Accumulation",

@@ -4,7 +4,6 @@
 :class:`ghopt.HarmonizedOptimizer` calls what it calls.
 """
 
-import sys
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ghopt.geometry import Weighting, cosines, gh
+from ghopt.geometry import Weighting, gh
 from ghopt.gradients import StoredGradients, TaskGradients
 from ghopt.gradients.deferred import defer
 from ghopt.losses import (
@@ -24,15 +23,20 @@ from ghopt.losses import (
     warn_of_many,
     weighted_sum,
 )
+from ghopt.measuring import (
+    Harmonization,
+    HarmonizeHook,
+    check_weighting,
+    measured,
+)
 from ghopt.passes import (
     BackwardFn,
     Roles,
-    out_of_reach,
+    keeping_bucket_views,
     put_back,
     run_passes,
     runner,
     set_aside,
-    taken,
     trained,
 )
 from ghopt.ranks import (
@@ -43,121 +47,15 @@ from ghopt.ranks import (
     SyncGroup,
     agree_on_passes,
     also_trained,
-    averages,
     failing_together,
+    has_to_average,
     models_of,
     process_group,
     together,
 )
 
-
-@dataclass(frozen=True)
-class Harmonization:
-    """What one ``backward`` found and did. Reading a value waits for the device.
-
-    Attributes:
-        names: of the tasks, in the order of the rows below.
-        gramian: inner products of the task gradients before harmonization, over the
-            shared parameters, shape ``[K, K]``, float64.
-        weights: of the task gradients in the update (tau), shape ``[K]``, float64.
-    """
-
-    names: tuple[str, ...]
-    gramian: Tensor
-    weights: Tensor
-
-    @property
-    def cosines(self) -> Tensor:
-        """Cosines between the task gradients, shape ``[K, K]``; 0 with a zero one."""
-        return cosines(self.gramian)
-
-
-GramianOf: TypeAlias = Callable[[Iterable[Tensor]], Tensor]
-"""Inner products of the task gradients over some parameters, ``[K, K]``, float64."""
-
-HarmonizeHook: TypeAlias = Callable[[Harmonization, GramianOf], None]
-"""What :meth:`HarmonizedOptimizer.register_harmonize_hook` takes."""
-
-
 Reusable: TypeAlias = Callable[[Mapping[str, Tensor]], Harmonization | None]
 """Gives weights that serve these losses once more, or None."""
-
-
-def check_weighting(weighting: object) -> None:
-    """Refuse what maps something else than a Gramian to something else than weights.
-
-    Raises:
-        TypeError: if ``weighting`` is not callable, or an aggregator of TorchJD, which
-            maps a Jacobian ``[K, N]`` to a gradient ``[N]``: with a Gramian it runs, too.
-    """
-    if not callable(weighting):
-        raise TypeError(f"weighting must be callable, got {weighting!r}")
-    kinds = {
-        kind.__name__
-        for kind in type(weighting).__mro__
-        if kind.__module__.startswith("torchjd.")
-    }
-    if "Aggregator" in kinds:
-        name = type(weighting).__name__
-        module = sys.modules["torchjd.aggregation"]
-        there_is = hasattr(module, f"{name}Weighting")
-        cure = (
-            f"{name}Weighting()" if there_is else "one of its weightings, if it has one"
-        )
-        raise TypeError(
-            f"weighting must map a Gramian to weights, got the aggregator {name}(): pass "
-            f"{cure}"
-        )
-
-
-def weigh(weighting: Weighting, gramian: Tensor) -> Tensor:
-    """Apply a weighting and check what it returns.
-
-    Returns:
-        Weights, shape ``[K]``, float64 and detached, on the device of the Gramian, in
-        memory of their own: ranks write the weights of the first rank to it.
-
-    Raises:
-        TypeError: if ``weighting`` returns no tensor, or is none: see
-            :func:`check_weighting`.
-        ValueError: if it returns another shape than ``[K]``, complex numbers or
-            integers, or weights on another device or that require grad.
-    """
-    check_weighting(weighting)
-    with torch.no_grad():
-        weights = weighting(gramian)
-    if not isinstance(weights, Tensor):
-        raise TypeError(f"weighting must return a tensor, got {type(weights)}")
-    if weights.shape != gramian.shape[:1] or not weights.is_floating_point():
-        expected = f"floating point of shape {list(gramian.shape[:1])}"
-        given = f"{weights.dtype} of shape {list(weights.shape)}"
-        raise ValueError(f"weighting must return {expected}, got {given}")
-    if weights.device != gramian.device:
-        devices = f"{gramian.device}, got {weights.device}"
-        raise ValueError(f"weighting must return weights on {devices}")
-    if weights.requires_grad:
-        raise ValueError(
-            "weighting must return weights without grad, got requires_grad"
-        )
-    return weights.to(gramian, copy=True)
-
-
-def measured(
-    gradients: TaskGradients,
-    names: Iterable[str],
-    weighting: Weighting,
-    ranks: Alone | Ranks = ALONE,
-) -> Harmonization:
-    """Take the Gramian of the gradients of some tasks, and weigh them.
-
-    Raises:
-        TypeError: as :func:`weigh` does.
-        ValueError: likewise.
-        RuntimeError: if a rank failed or does not answer.
-    """
-    gramian = gradients.gramian()
-    weights = ranks.first_weights(weigh(weighting, gramian))
-    return Harmonization(tuple(names), gramian, weights)
 
 
 @dataclass
@@ -349,7 +247,9 @@ def run(
                 ranks.first_weights(reused.weights)
                 (added,) = (stored[name] for name in named)
             elif not options.accumulate_only:
-                found, added = harmonize(gradients, named, weighting, ranks, hooks)
+                found, added = weigh_and_combine(
+                    gradients, named, weighting, ranks, hooks
+                )
             if options.accumulate_only:
                 put_back(roles.own, grads, {})
                 accumulation.keep(stored, sums)
@@ -383,13 +283,13 @@ def finish(
     if is_weighed:
         found, added = None, stored[names[0]]
     else:
-        found, added = harmonize(stored, names, weighting, ALONE, hooks)
+        found, added = weigh_and_combine(stored, names, weighting, ALONE, hooks)
     grads = [parameter.grad for parameter in roles.own]
     put_back(roles.own, grads, {**added, **summed})
     return Outcome({}, found, None)
 
 
-def harmonize(
+def weigh_and_combine(
     gradients: TaskGradients,
     names: Iterable[str],
     weighting: Weighting,
@@ -491,7 +391,7 @@ def _check_replicas(
     """
     group = None if options.sync_group is False else options.sync_group
     several = sum(loss.requires_grad for loss in losses.values()) > 1
-    is_local = group is not None and averages(group, roles.own)
+    is_local = group is not None and has_to_average(group, roles.own)
     if group is not None or several or options.accumulate_only:
         is_local |= replicas.check(
             roles.own,
@@ -519,7 +419,7 @@ def _collect(
     deferral = None
     if may_defer and options.backward_fn is None:
         deferral = defer(losses, roles.harmonized)
-    with out_of_reach(grads):
+    with keeping_bucket_views(grads):
         run_passes(
             losses,
             stored,
@@ -529,42 +429,3 @@ def _collect(
             ranks=ranks,
         )
     return deferral.join(stored) if deferral else stored
-
-
-def harmonized_loss(
-    losses: Losses, params: Iterable[Tensor], weighting: Weighting = gh
-) -> Tensor:
-    """Sum the losses with the weights of a rule: the equivalent model (eq. 44 and 45).
-
-    For loops whose optimizer cannot be changed: call ``.backward()`` on the result. The
-    weights are measured on ``params`` and constant, so the gradient of ``params`` is the
-    harmonized one. Costs one backward pass per task for measuring and one more for the
-    result; :class:`ghopt.HarmonizedOptimizer` saves the latter.
-
-    The authors measure on the shared network and weigh the losses with the result for
-    *all* parameters, as this function does when ``params`` are the shared ones. Mind
-    that a task with a tiny gradient there can get a weight in the thousands, which its
-    head then feels undiminished: training has diverged from it.
-
-    Gradients are taken with :func:`torch.autograd.grad`, so ``.grad`` and hooks that
-    accumulate are left alone; reentrant checkpointing and FSDP2 do not work, and under
-    DDP the weights are those of each rank's own gradients.
-
-    Args:
-        losses: one scalar per task, as for ``HarmonizedOptimizer.backward``.
-        params: parameters over which the Gramian is taken. One that is given twice
-            counts once.
-        weighting: from a Gramian, shape ``[K, K]``, to weights, shape ``[K]``.
-
-    Returns:
-        Scalar with the graph of all losses.
-
-    Raises:
-        TypeError: as :func:`named_losses` and :func:`weigh` do, or if ``params`` are
-            no parameters.
-        ValueError: likewise, or if no loss reaches any of ``params``.
-    """
-    named = named_losses(losses)
-    warn_of_many(named)
-    found = measured(taken(named, params), named, weighting)
-    return weighted_sum([*named.values()], found.weights)

@@ -16,121 +16,31 @@ form:
   it to us to unscale the gradients.
 """
 
-import inspect
 import sys
-import threading
 import warnings
 import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from importlib import import_module
-from types import FrameType
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.amp.grad_scaler import GradScaler, OptState
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from ghopt.geometry import Weighting, gh
-from ghopt.harmonize import (
-    LATE,
-    Accumulation,
-    Harmonization,
-    HarmonizeHook,
-    Options,
-    Outcome,
-    check_weighting,
-    finish,
-    run,
-)
+from ghopt.harmonize import LATE, Options, finish, run
 from ghopt.living import living
-from ghopt.losses import Losses, named_losses, weighted_sum
+from ghopt.losses import Losses, named_losses
+from ghopt.measuring import Harmonization, HarmonizeHook, check_weighting
 from ghopt.passes import BackwardFn, Roles
-from ghopt.ranks import Replicas, SyncGroup, mean_over_ranks
+from ghopt.progress import Progress
+from ghopt.ranks import SyncGroup, mean_over_ranks
+from ghopt.stepping import asks_scaler, has_unscaled, passing_by, takes
 
 Closure: TypeAlias = Callable[[], Any]
 """Evaluates the model; returns a number, a scalar tensor or the losses of the tasks."""
-
-
-Mean: TypeAlias = Callable[[Tensor], Tensor]
-"""Takes the mean of a number over the ranks."""
-
-
-@dataclass
-class _Progress:
-    """All that changes between calls: see the module's docstring.
-
-    Attributes:
-        accumulation: micro-batches that await the last one.
-        last: what the last harmonization found and did.
-        steps: number of steps that the weights in ``last`` have served.
-        is_measured: whether they serve the step to come, or in progress.
-        is_stepping: whether a step of the base optimizer is in progress.
-        values: losses of the micro-batches in an evaluation by a closure, by task.
-        value: weighted sum of the losses of that evaluation, as far as harmonized.
-        is_known: whether ``backward`` was ever called, or its absence told.
-        clears_to: whether ``zero_grad`` of the base takes ``set_to_none``, once known.
-        replicas: the DDP models of this process.
-    """
-
-    accumulation: Accumulation = field(default_factory=Accumulation)
-    last: Harmonization | None = None
-    steps: int = 0
-    is_measured: bool = False
-    is_stepping: bool = False
-    values: dict[str, Tensor] = field(default_factory=dict)
-    value: Tensor | None = None
-    is_known: bool = False
-    clears_to: bool | None = None
-    replicas: Replicas = field(default_factory=Replicas)
-
-    def forget(self) -> None:
-        """Drop a started accumulation."""
-        self.accumulation.forget()
-        self.values.clear()
-
-    def note(self, outcome: Outcome, mean: Mean) -> None:
-        """Note what a ``backward`` did.
-
-        Args:
-            outcome: of it.
-            mean: takes the mean of a number over the ranks.
-        """
-        if outcome.found is not None:
-            self.last, self.steps, self.is_measured = outcome.found, 0, True
-        elif outcome.reused is not None and not self.accumulation:
-            self.is_measured = outcome.reused is self.last
-        if self.is_stepping:
-            self._evaluate(outcome, mean)
-
-    def _evaluate(self, outcome: Outcome, mean: Mean) -> None:
-        """Add up the losses of an evaluation by a closure, and weigh them at its end."""
-        for name, loss in outcome.losses.items():
-            value = loss.detach().reshape(())
-            self.values[name] = self.values.get(name, 0) + value
-        if self.accumulation or not self.values:
-            return
-        if outcome.found is None:
-            weights = torch.ones(len(self.values), dtype=torch.float64, device="cpu")
-            values = [*self.values.values()]
-        else:
-            weights = outcome.found.weights
-            values = [self.values[name] for name in outcome.found.names]
-        # The gradient is that of all ranks, and a line search on each must see the same.
-        value = mean(weighted_sum(values, weights))
-        self.value = value if self.value is None else self.value + value
-        self.values.clear()
-
-    def end_step(self) -> None:
-        """Forget what was for this step only."""
-        self.forget()
-        self.steps += self.is_measured
-        self.is_measured = self.is_stepping = False
-        self.value = None
 
 
 class HarmonizedOptimizer(Optimizer):
@@ -348,7 +258,7 @@ class HarmonizedOptimizer(Optimizer):
                 would have to average them.
         """
         for name in options:
-            if not _takes(self.base_optimizer.step, name):
+            if not takes(self.base_optimizer.step, name):
                 raise TypeError(f"step() got an unexpected keyword argument {name!r}")
         if closure is None and losses is None:
             self._finish()
@@ -386,7 +296,7 @@ class HarmonizedOptimizer(Optimizer):
         if not progress.is_stepping:
             progress.is_measured = False
         if progress.clears_to is None:
-            progress.clears_to = _takes(clear, "set_to_none")
+            progress.clears_to = takes(clear, "set_to_none")
         if progress.clears_to:
             clear(set_to_none=set_to_none)
         else:
@@ -456,7 +366,7 @@ class HarmonizedOptimizer(Optimizer):
 
     def __getattr__(self, name: str) -> Any:
         """Forward unknown public names to the base optimizer."""
-        if name == "_step_supports_amp_scaling" and _asks_scaler(sys._getframe(1)):
+        if name == "_step_supports_amp_scaling" and asks_scaler(sys._getframe(1)):
             # The last chance before it unscales: a framework may decide late on a step.
             self._finish(scaled=True)
         # base_optimizer itself is unknown while unpickling.
@@ -507,7 +417,7 @@ class HarmonizedOptimizer(Optimizer):
 
     def _set_up(self) -> None:
         """Start without progress and hooks, of which torch expects these six kinds."""
-        self._progress = _Progress()
+        self._progress = Progress()
         self._harmonize_hooks: OrderedDict[int, HarmonizeHook] = OrderedDict()
         self._optimizer_step_pre_hooks = OrderedDict()
         self._optimizer_step_post_hooks = OrderedDict()
@@ -544,7 +454,7 @@ class HarmonizedOptimizer(Optimizer):
         args = () if closure is None else (lambda: self._evaluate(closure),)
         progress.is_stepping = True
         try:
-            with _passing_by(base):
+            with passing_by(base):
                 return base.step(*args, **options)
         finally:
             # What was collected for these weights must not meet the next ones. Not
@@ -584,7 +494,7 @@ class HarmonizedOptimizer(Optimizer):
             return
         # Without gradients no scaler has unscaled any. To search takes time.
         scalers = living(GradScaler) if self._grads() or scaled else []
-        if any(_has_unscaled(scaler, self) for scaler in scalers):
+        if any(has_unscaled(scaler, self) for scaler in scalers):
             raise RuntimeError(
                 "micro-batches were only accumulated, and a GradScaler has unscaled the "
                 f"gradients already: {LATE}, before unscale_() and step() of the scaler"
@@ -699,52 +609,6 @@ _NO_FUNCTION = (
 )
 
 
-_stepping = threading.local()
-"""In ``bases``: those that step in this thread, inside a wrapper."""
-
-
-class _ButForBases:
-    """A global step hook of torch that passes by the bases of wrappers.
-
-    It has run for the wrapper. In the place of the hook, so that handles find it, and for
-    good: to take it out and put it in again would not be safe among threads.
-    """
-
-    def __init__(self, hook: Callable[..., Any]) -> None:
-        self._hook = hook
-
-    def __call__(self, optimizer: Optimizer, *args: Any) -> Any:
-        """Run the hook, or pass by."""
-        bases = getattr(_stepping, "bases", [])
-        if any(optimizer is base for base in bases):
-            return None
-        return self._hook(optimizer, *args)
-
-
-@contextmanager
-def _passing_by(base: Optimizer) -> Iterator[None]:
-    """Keep torch's global step hooks from running for the base as well."""
-    module = import_module("torch.optim.optimizer")  # torch.optim hides its name
-    for kind in ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks"):
-        hooks = getattr(module, kind)
-        for key, hook in list(hooks.items()):
-            if not isinstance(hook, _ButForBases):
-                hooks[key] = _ButForBases(hook)
-    bases = _stepping.__dict__.setdefault("bases", [])
-    bases.append(base)
-    try:
-        yield
-    finally:
-        bases.remove(base)
-
-
-def _takes(function: Callable[..., Any], keyword: str) -> bool:
-    parameters = inspect.signature(function).parameters
-    return keyword in parameters or any(
-        parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()
-    )
-
-
 def _are_losses(result: Any) -> bool:
     """Say whether a closure returned losses, and not one number in whatever form."""
     if isinstance(result, Tensor):
@@ -758,16 +622,3 @@ def _are_losses(result: Any) -> bool:
 
 def _is_single(result: Any) -> bool:
     return isinstance(result, Tensor) and result.numel() == 1
-
-
-def _asks_scaler(frame: FrameType) -> bool:
-    """Say whether it is GradScaler.step that asks for an attribute."""
-    return frame.f_code is GradScaler.step.__code__
-
-
-def _has_unscaled(scaler: GradScaler, optimizer: Optimizer) -> bool:
-    """Say whether a scaler has unscaled the gradients of the step to come."""
-    # One that is not enabled has none.
-    states = getattr(scaler, "_per_optimizer_states", {})
-    state = states.get(id(optimizer))
-    return state is not None and state["stage"] is not OptState.READY

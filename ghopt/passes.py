@@ -66,7 +66,7 @@ def set_aside(parameters: Sequence[Tensor]) -> Iterator[list[Tensor | None]]:
 
 
 @contextmanager
-def out_of_reach(grads: Iterable[Tensor | None]) -> Iterator[None]:
+def keeping_bucket_views(grads: Iterable[Tensor | None]) -> Iterator[None]:
     """Give gradients their values back that lie in memory of a DDP model, at the end.
 
     Each pass that such a model averages writes to its buckets, and ``.grad`` may be a

@@ -12,26 +12,16 @@ on it.
 import csv
 import json
 import math
-import weakref
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, groupby
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
-from ghopt.geometry import Weighting, cosines, gh
-from ghopt.harmonize import GramianOf, Harmonization, measured
-from ghopt.losses import Losses, named_losses, warn_of_many
-from ghopt.optimizer import HarmonizedOptimizer
-from ghopt.passes import taken
-
-Layers: TypeAlias = nn.Module | Mapping[str, Iterable[Tensor]]
-"""Groups of parameters by name; of a module, each of its modules with its own ones."""
+from ghopt.geometry import cosines
 
 
 class Logger(Protocol):
@@ -215,7 +205,7 @@ class Recording:
         Raises:
             ValueError: if a line is not one of a recording.
         """
-        steps: list[_Step] = []
+        steps: list[Step] = []
         for number, line in enumerate(Path(path).read_text().split("\n")[:-1], 1):
             try:
                 step = _read(json.loads(line))
@@ -227,7 +217,7 @@ class Recording:
                     f"path must be of a recording, got {path} with {error!r} in its line "
                     f"{number}"
                 ) from error
-        return _assemble(steps)
+        return assemble(steps)
 
     def _by_task(self) -> dict[str, Tensor]:
         return {
@@ -263,7 +253,7 @@ class Recording:
         return totals.masked_fill(~self.present, math.nan)
 
 
-class _Step(NamedTuple):
+class Step(NamedTuple):
     """What is kept of one step, the tensors where they are."""
 
     number: int
@@ -274,219 +264,7 @@ class _Step(NamedTuple):
     layers: dict[str, Tensor]
 
 
-class Recorder:
-    """Keeps what the last steps found and did, until it is flushed.
-
-    >>> model = torch.nn.Linear(2, 1)
-    >>> optimizer = HarmonizedOptimizer(torch.optim.SGD(model.parameters()))
-    >>> recorder = Recorder()
-    >>> handle = recorder.attach(optimizer, layers=model)
-    >>> out = model(torch.ones(4, 2))
-    >>> optimizer.step(losses={"up": out.mean(), "down": -2 * out.mean()})
-    >>> recording = recorder.flush()
-    >>> recording.names, recording.conflicts[0, 0, 1].item()
-    (('up', 'down'), True)
-
-    On the step path nothing is computed or read: small tensors that are there anyway are
-    kept, two a step, and one more for each layer: 8 K^2 bytes each. Steps between the
-    measurements of ``measure_every``, and calls with ``accumulate_only``, find nothing
-    and are not recorded. Not for captured CUDA graphs, which would write all their
-    steps to the same two tensors.
-
-    A recorder can be pickled with what it holds; attach it again after loading. A weighting
-    must not write to its argument, which is kept.
-
-    Args:
-        size: number of steps that it holds at most; with more, the oldest are lost.
-
-    Attributes:
-        count: number of steps recorded ever.
-        lost: how many of them were overwritten before a flush.
-
-    Raises:
-        TypeError: if ``size`` is no whole number.
-        ValueError: if ``size`` is less than 1.
-    """
-
-    def __init__(self, size: int = 4096) -> None:
-        if isinstance(size, torch.optim.Optimizer):
-            raise TypeError(
-                "size must be an int, got an optimizer: make a Recorder(), then "
-                "recorder.attach(optimizer)"
-            )
-        if not isinstance(size, int):
-            raise TypeError(f"size must be an int, got {size!r}")
-        if size < 1:
-            raise ValueError(f"size must be at least 1, got {size}")
-        self.count = 0
-        self.lost = 0
-        self._steps: deque[_Step] = deque(maxlen=size)
-        self._handles: list[RemovableHandle] = []
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Give what a copy needs: it is attached to nothing."""
-        return {**self.__dict__, "_handles": []}
-
-    def attach(
-        self, optimizer: HarmonizedOptimizer, *, layers: Layers | None = None
-    ) -> RemovableHandle:
-        """Record every step of an optimizer that measures.
-
-        Args:
-            optimizer: its first group's ``lr`` is recorded, too. Of Accelerate's, give
-                ``.optimizer``.
-            layers: parameters of which to take the inner products by themselves, by a
-                name; or a module, for each module in it that has parameters of its own.
-                Costs as much again as the Gramian itself. What is shared by two layers
-                counts in both; DTensors in them on all ranks alike.
-
-        Returns:
-            A handle whose ``remove()`` ends the recording.
-
-        Raises:
-            TypeError: if ``optimizer`` is no harmonized one, or a layer is a tensor, not
-                some tensors.
-            ValueError: if the recorder is attached to this optimizer already: each step
-                would be recorded twice.
-        """
-        if not isinstance(optimizer, HarmonizedOptimizer):
-            raise TypeError(
-                f"optimizer must be a HarmonizedOptimizer, got {type(optimizer)}; a model "
-                "goes into layers=, a plain loop uses measure(..., recorder=recorder)"
-            )
-        groups = _listed(layers)
-        hooks = optimizer._harmonize_hooks
-        if any(
-            handle.hooks_dict_ref() is hooks and handle.id in hooks
-            for handle in self._handles
-        ):
-            raise ValueError(
-                "optimizer must not be attached twice, got one that this recorder records "
-                "already: call remove() on the handle of the first attach(), or make a "
-                "new optimizer and Recorder"
-            )
-        # Not the optimizer itself, which holds this hook: both would outlive their use.
-        owner = weakref.ref(optimizer)
-
-        def hook(found: Harmonization, gramian_of: GramianOf) -> None:
-            wrapper = owner()
-            rate = wrapper.param_groups[0].get("lr", math.nan) if wrapper else math.nan
-            # A scheduler may change a tensor in place.
-            rate = rate.detach().clone() if isinstance(rate, Tensor) else rate
-            self.record(found, rate=rate, layers=_over(groups, gramian_of))
-
-        handle = optimizer.register_harmonize_hook(hook)
-        self._handles.append(handle)
-        return handle
-
-    def record(
-        self,
-        found: Harmonization,
-        *,
-        rate: Tensor | float = math.nan,
-        layers: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        """Record a step by hand, as what :func:`measure` returns.
-
-        Args:
-            found: its tensors are kept, not copied.
-            rate: learning rate.
-            layers: inner products over each layer, ``[K, K]``.
-        """
-        self.lost += len(self._steps) == self._steps.maxlen
-        self._steps.append(
-            _Step(
-                self.count,
-                found.names,
-                found.gramian,
-                found.weights,
-                rate,
-                dict(layers or {}),
-            )
-        )
-        self.count += 1
-
-    def flush(self) -> Recording:
-        """Hand over all that is held, and hold nothing: waits for the device."""
-        recording = _assemble(list(self._steps))
-        self._steps.clear()
-        return recording
-
-
-def measure(
-    losses: Losses,
-    params: Iterable[Tensor],
-    weighting: Weighting = gh,
-    *,
-    recorder: Recorder | None = None,
-    layers: Layers | None = None,
-) -> Harmonization:
-    """Measure the conflict of some losses, and do nothing about it.
-
-    For a loop that stays as it is: ``.grad`` is left alone, and so is the graph, for the
-    backward pass to come. Costs a backward pass per task. Gradients are taken with
-    :func:`torch.autograd.grad`: reentrant checkpointing and FSDP2 do not work.
-
-    Args:
-        losses: one scalar per task, as for ``HarmonizedOptimizer.backward``.
-        params: parameters over which the Gramian is taken.
-        weighting: from a Gramian, shape ``[K, K]``, to weights, shape ``[K]``.
-        recorder: records what is found.
-        layers: as for :meth:`Recorder.attach`; for the recorder.
-
-    Returns:
-        What ``backward`` of an optimizer with these parameters would find and do.
-
-    Raises:
-        TypeError: if ``losses`` is not iterable, a loss is no tensor, ``params`` are no
-            parameters, or the weighting returns no tensor.
-        ValueError: if ``losses`` or what the weighting returns is not as described, or
-            no loss reaches any of ``params``.
-    """
-    named = named_losses(losses)
-    warn_of_many(named)
-    gradients = taken(named, params)
-    found = measured(gradients, named, weighting)
-    if recorder is not None:
-        layers_of = _listed(layers)
-        recorder.record(found, layers=_over(layers_of, gradients.gramian))
-    return found
-
-
-def by_layer(model: nn.Module) -> dict[str, list[Tensor]]:
-    """List the parameters of each module that has some of its own, by its name.
-
-    The model itself, if it has some, has the name "".
-    """
-    own = {
-        name: list(module.parameters(recurse=False))
-        for name, module in model.named_modules()
-    }
-    return {name: parameters for name, parameters in own.items() if parameters}
-
-
-def _listed(layers: Layers | None) -> Layers:
-    """Take the parameters out of iterators, which serve once only.
-
-    Raises:
-        TypeError: if a layer is a tensor.
-    """
-    if isinstance(layers, nn.Module):
-        return layers
-    for name, parameters in (layers or {}).items():
-        if isinstance(parameters, Tensor):
-            raise TypeError(f"layers[{name!r}] must be an iterable of tensors, got one")
-    return {name: list(parameters) for name, parameters in (layers or {}).items()}
-
-
-def _over(layers: Layers, gramian_of: GramianOf) -> dict[str, Tensor]:
-    """Take the inner products over each layer."""
-    # Of a module anew at each step: Accelerate and FSDP swap parameters.
-    named = by_layer(layers) if isinstance(layers, nn.Module) else layers
-    return {name: gramian_of(parameters) for name, parameters in named.items()}
-
-
-def _assemble(steps: Sequence[_Step]) -> Recording:
+def assemble(steps: Sequence[Step]) -> Recording:
     """Make one recording of steps that may have had other tasks and layers."""
     parts = [
         _stack(list(group))
@@ -522,7 +300,7 @@ def _assemble(steps: Sequence[_Step]) -> Recording:
     )
 
 
-def _stack(steps: list[_Step]) -> Recording:
+def _stack(steps: list[Step]) -> Recording:
     """Make a recording of steps with the same tasks and layers."""
 
     def stacked(tensors: Iterable[Tensor], *shape: int) -> Tensor:
@@ -564,14 +342,14 @@ def _spread(values: Tensor, names: tuple[str, ...], among: tuple[str, ...]) -> T
     return spread
 
 
-def _read(line: dict[str, Any]) -> _Step:
+def _read(line: dict[str, Any]) -> Step:
     """Make a step of a line of a file.
 
     Raises:
         KeyError, TypeError, AttributeError, ValueError: if it is none.
     """
     tasks = len(line["names"])
-    return _Step(
+    return Step(
         int(line["step"]),
         tuple(map(str, line["names"])),
         _tensor(line["gramian"], tasks, tasks),

@@ -896,7 +896,7 @@ def failing_packing() -> str:
     with ddp.no_sync(), pytest.MonkeyPatch.context() as patch:
         losses = ddp(*models.batch(2))
         if dist.get_rank() == 1:
-            patch.setattr("ghopt.ranks.agreement._packed", fail)
+            patch.setattr("ghopt.ranks.averages._packed", fail)
         try:
             optimizer.backward(losses, sync_group=ddp)
         except torch.OutOfMemoryError as error:

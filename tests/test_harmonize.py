@@ -21,7 +21,7 @@ from ghopt import (
     harmonized_loss,
     measure,
 )
-from ghopt.harmonize import weigh
+from ghopt.measuring import weigh
 from tests import models
 from tests.models import Tasks
 

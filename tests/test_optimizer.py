@@ -20,7 +20,7 @@ from torch.testing import assert_close
 from torchjd.aggregation import PCGradWeighting
 
 from ghopt import HarmonizedOptimizer, gh, ghpp
-from ghopt.harmonize import Harmonization
+from ghopt.measuring import Harmonization
 from tests import models
 from tests.literal import (
     Parameters,

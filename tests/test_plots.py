@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from ghopt import Recorder, Recording, gh, plots
-from ghopt.harmonize import Harmonization
+from ghopt.measuring import Harmonization
 from ghopt.plots import (
     MOST_LAYERS,
     MOST_LINES,

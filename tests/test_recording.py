@@ -23,8 +23,8 @@ from torch.testing import assert_close
 from benchmarks.speed.watch import watch
 from ghopt import HarmonizedOptimizer, Recorder, Recording, gh, ghpp, measure
 from ghopt.geometry import cosines
-from ghopt.harmonize import GramianOf, Harmonization
-from ghopt.recording import by_layer
+from ghopt.measuring import GramianOf, Harmonization
+from ghopt.recorder import by_layer
 from tests import models
 from tests.models import Tasks
 

@@ -48,7 +48,7 @@ _LONG = 2**19
 _SMALL = 2**14
 # A pack has this many elements of a task and one tensor more at most, so that packing
 # takes no memory to speak of, however many small tensors there are.
-_PACK = 2**16
+_PACK_ELEMENTS = 2**16
 
 # Where each dtype is summed if more digits are needed than it has.
 _WIDER = {
@@ -107,7 +107,7 @@ def multiply(prepared: Iterable[Prepared], tasks: int) -> Tensor:
         Shape ``[K, K]``, float64, symmetric, on the device of the first gradient; zeros
         on the CPU if there is none.
     """
-    totals = [_sum_over(part.groups, _products(part, tasks)) for part in prepared]
+    totals = [_sum_over(part.groups, _products_of(part, tasks)) for part in prepared]
     if not totals:
         return torch.zeros(tasks, tasks, dtype=torch.float64, device="cpu")
     return reduce(lambda total, more: total + more.to(total.device), totals)
@@ -256,7 +256,7 @@ def _flat(entries: Entries) -> Entries:
     return {task: grad.reshape(-1) for task, grad in entries.items()}
 
 
-def _products(part: Prepared, tasks: int) -> Tensor:
+def _products_of(part: Prepared, tasks: int) -> Tensor:
     """Take the inner products of all that this rank has."""
     products: list[Tensor] = [_kernels().gramian(table) for table, _ in part.fused]
     small, quick = [], []
@@ -295,7 +295,7 @@ def _packs(parameters: list[Entries]) -> list[list[Entries]]:
     for entries in parameters:
         first = first_of(entries)
         kind = first.dtype, first.device
-        if kind not in filling or sizes[kind] > _PACK:
+        if kind not in filling or sizes[kind] > _PACK_ELEMENTS:
             filling[kind], sizes[kind] = [], 0
             packs.append(filling[kind])
         filling[kind].append(entries)

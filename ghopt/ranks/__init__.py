@@ -1,16 +1,13 @@
 """What the ranks of a process group share, and what they agree on."""
 
 from ghopt.ranks.agreement import (
-    ALONE,
-    Alone,
-    Ranks,
     agree_on_passes,
-    averages,
     failing_together,
+    has_to_average,
     mean_over_ranks,
     process_group,
-    together,
 )
+from ghopt.ranks.averages import ALONE, Alone, Ranks, together
 from ghopt.ranks.replicas import Replicas, SyncGroup, also_trained, models_of
 
 __all__ = [
@@ -21,8 +18,8 @@ __all__ = [
     "SyncGroup",
     "agree_on_passes",
     "also_trained",
-    "averages",
     "failing_together",
+    "has_to_average",
     "mean_over_ranks",
     "models_of",
     "process_group",

@@ -28,7 +28,7 @@ from benchmarks.mtl.train import (
     time_ratio,
 )
 from ghopt import Recorder, Recording, gh
-from ghopt.harmonize import Harmonization
+from ghopt.measuring import Harmonization
 from tests.benchmarks.test_mtl_problems import use_small_digits
 
 SMALL = PROBLEMS["adversarial-small"]

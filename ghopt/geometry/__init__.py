@@ -1,0 +1,289 @@
+"""The geometry of gradient harmonization, as pure functions of the Gramian.
+
+Row ``i`` of the Jacobian ``J``, shape ``[K, N]``, is the flattened gradient of task
+``i``. Nothing here needs ``J`` itself, only three small tensors:
+
+* ``gramian``, shape ``[K, K]``: ``J @ J.T``, the inner products of the gradients.
+* ``coefficients``, shape ``[K, K]``: row ``i`` of ``coefficients @ J`` is the harmonized
+  gradient of task ``i``; the harmonized gradients have the Gramian
+  ``coefficients @ gramian @ coefficients.T``.
+* ``weights``, shape ``[K]``: ``weights @ J`` is the sum of the harmonized gradients, so
+  ``weights = coefficients.sum(0)`` (eq. 41, where they are called tau).
+
+What every rule here promises, for any ``K >= 1``:
+
+* Where no two gradients conflict (no negative entry) the coefficients are exactly the
+  identity; a zero gradient conflicts with nothing.
+* A common scale of the gradients, 1e-25 to 1e18, changes nothing.
+* A non-finite entry makes every weight NaN: it is never hidden.
+* The arithmetic is float64, the result has the dtype and device of the Gramian.
+* No value of the Gramian decides which operations run (but on the CPU, when an active
+  set method is done), so all rules run on the ``meta`` device and nothing asks for a
+  value on the host. One operation does so by itself on CUDA: :func:`torch.linalg.eigh`,
+  in GH++ with more than two tasks.
+* ``ValueError`` for a Gramian that is not square, is empty or not floating point.
+
+Equation numbers refer to Huang, Song and Zhang, "Gradient Harmonization in
+Unsupervised Domain Adaptation", TPAMI 2024, https://arxiv.org/abs/2408.00288.
+"""
+
+import math
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from ghopt.geometry.cone import cone_multipliers
+from ghopt.geometry.frames import frame, resolution_of, rotation
+from ghopt.geometry.matrices import determinant, identity, rescaled
+
+Weighting: TypeAlias = Callable[[Tensor], Tensor]
+"""Any map from a Gramian, shape ``[K, K]``, to weights, shape ``[K]``."""
+
+
+def cosines(gramian: Tensor) -> Tensor:
+    """Cosines of the angles between task gradients.
+
+    Args:
+        gramian: their inner products, shape ``[..., K, K]``.
+
+    Returns:
+        Shape ``[..., K, K]``; 0 with a gradient that is zero.
+    """
+    norms = gramian.diagonal(dim1=-2, dim2=-1).sqrt()
+    zero = norms == 0
+    ratios = gramian / norms.unsqueeze(-1) / norms.unsqueeze(-2)
+    return ratios.masked_fill(zero.unsqueeze(-1) | zero.unsqueeze(-2), 0)
+
+
+def gh(gramian: Tensor) -> Tensor:
+    """Weights of GH (eq. 42), shape ``[K]``: see :func:`gh_coefficients`.
+
+    >>> gh(torch.tensor([[1.0, -1.0], [-1.0, 4.0]]))
+    tensor([2.0000, 1.2500])
+    """
+    return _gh(gramian).sum(0).to(gramian.dtype)
+
+
+def gh_coefficients(gramian: Tensor) -> Tensor:
+    """Project every gradient on the dual cone of all gradients (lemma 1, eq. 29).
+
+    The harmonized gradient of task ``i`` is the vector nearest to its gradient that
+    conflicts with none of the original gradients. Hence the sum of the harmonized
+    gradients conflicts with no task either, for any ``K``, and the order of the tasks
+    does not matter. The paper has ``K = 2``, where this is eq. 29: each harmonized
+    gradient is orthogonal to the *other original* one. Equal, at ``K = 2`` only, to
+    PCGrad with the sum.
+
+    Accuracy: at ``K = 2`` to rounding, relative to the harmonized gradients 1e-12 and
+    better at angles 1e-3 rad or more from opposite. For ``K > 2`` let ``s`` be the
+    smallest eigenvalue, other than zero, of the cosines of any of the tasks: gradients
+    that are an angle ``t`` from opposite, equal or dependent have ``s`` near ``t**2 / 2``.
+
+    * From ``s = 1e-7`` on the error is about ``eps / s``, relative to the gradients.
+    * Below, the direction fades, until it counts for nothing: float32 gradients that are
+      dependent on paper differ by ``s`` near 1e-14, and weights that resolve this would
+      be 1e7. So no multiplier exceeds ``3e4`` times the ratio of the lengths. Each
+      harmonized gradient then opposes a task by at most 3.6e-5 of its length before.
+
+    Args:
+        gramian: inner products of the gradients, shape ``[K, K]``.
+
+    Returns:
+        Coefficients, shape ``[K, K]``. The diagonal is 1 and nothing is negative.
+
+    Raises:
+        ValueError: if ``gramian`` is not square, is empty or not floating point.
+    """
+    return _gh(gramian).to(gramian.dtype)
+
+
+def ghpp(gramian: Tensor, lam: float = 0.5) -> Tensor:
+    """Weights of GH++, shape ``[K]``: see :func:`ghpp_coefficients`.
+
+    >>> ghpp(torch.tensor([[1.0, -1.0], [-1.0, 2.0]]))
+    tensor([2.0719, 1.6892])
+    """
+    return _ghpp(gramian, lam).sum(0).to(gramian.dtype)
+
+
+def ghpp_coefficients(gramian: Tensor, lam: float = 0.5) -> Tensor:
+    """Rotate conflicting gradients, norms kept, until orthogonal (section 3.5, fig. 7b).
+
+    With two tasks at an angle ``theta > pi/2``, task 0 turns toward task 1 by
+    ``lam * (theta - pi/2)`` and task 1 toward task 0 by the rest: in total half of the
+    deviation of GH. This is the rotation that section 3.5 describes and draws; its
+    eq. 39 only rescales the gradients, see :func:`ghpp_printed_coefficients`.
+
+    With more tasks (this project's generalisation, ``lam = 0.5`` only) the unit
+    gradients move as little as possible, in the sum of squares, to the frame in which
+    the negative cosines are zero and the others as they were; where no such frame
+    exists all cosines first shrink by the smallest common factor.
+
+    Not promised: that the *sum* of the harmonized gradients conflicts with no task.
+    With two tasks it spares task 0 iff ``tan(b0) <= n0 / n1`` and task 1 iff
+    ``tan(b1) <= n1 / n0``, where ``n`` are the norms and ``b`` the angles turned by.
+    :func:`ghpp_balanced` and :func:`gh` do promise it. Nor, of dependent gradients among
+    more than two, that norms are kept (one may grow, by sqrt(K) at most) or no two conflict.
+
+    Opposite gradients span no plane to turn in. Where the sine of the angle is at most
+    1e-6 (7e-4 for a float32 Gramian) the part off their common line is dropped,
+    ``diag(cos b0, cos b1)``; linearly dependent gradients among more than two lose the
+    same part. A rule that took that part from rounding noise would return noise as
+    large as the gradients.
+
+    Accuracy: at ``K = 2``, relative to the harmonized gradients, 1e-12 and better at
+    angles 1e-3 rad or more from opposite for the Gramian *as given*. One rounding of its
+    entries already moves the result by up to ``eps / sin(theta)**2``. For ``K > 2`` the
+    error is about ``eps / s + min(sqrt(eps), eps / sqrt(p))``, with ``s`` as in
+    :func:`gh_coefficients` and ``p`` the smallest eigenvalue, other than zero, of the
+    cosines that are aimed at. The second part, 2e-8 at most, is that of the root of a
+    matrix whose entries are rounded.
+
+    Args:
+        gramian: inner products of the gradients, shape ``[K, K]``.
+        lam: share of the turn that task 0 takes, in ``[0, 1]`` (lambda of eq. 36).
+
+    Returns:
+        Coefficients, shape ``[K, K]``.
+
+    Raises:
+        ValueError: if ``lam`` is outside ``[0, 1]``, or is not 0.5 with more than two
+            tasks, or ``gramian`` is not square, is empty or not floating point.
+    """
+    return _ghpp(gramian, lam).to(gramian.dtype)
+
+
+def ghpp_balanced(gramian: Tensor) -> Tensor:
+    """Weights of GH++ with a balanced turn: see :func:`ghpp_balanced_coefficients`."""
+    return _ghpp_balanced(gramian).sum(0).to(gramian.dtype)
+
+
+def ghpp_balanced_coefficients(gramian: Tensor) -> Tensor:
+    """GH++ with ``lam = 2/pi * atan2(n0, n1)``: the longer gradient turns more.
+
+    This project's choice of ``lam``, not the paper's: with it the sum of the harmonized
+    gradients conflicts with neither task.
+
+    Args:
+        gramian: inner products of at most two gradients, shape ``[K, K]``.
+
+    Returns:
+        Coefficients, shape ``[K, K]``; as :func:`ghpp_coefficients` in all else.
+
+    Raises:
+        ValueError: if ``gramian`` has more than two tasks, is not square, is empty or
+            not floating point.
+    """
+    return _ghpp_balanced(gramian).to(gramian.dtype)
+
+
+def ghpp_printed(gramian: Tensor, lam: float = 0.5) -> Tensor:
+    """Weights of GH++ as printed: see :func:`ghpp_printed_coefficients`."""
+    return _ghpp_printed(gramian, lam).sum(0).to(gramian.dtype)
+
+
+def ghpp_printed_coefficients(gramian: Tensor, lam: float = 0.5) -> Tensor:
+    """Rescale two conflicting gradients as eq. 39, 40 and 43 print GH++.
+
+    Here to reproduce published numbers: the authors' code does this too. It lengthens
+    gradient 0 and shortens gradient 1 but turns neither, so contrary to the text and
+    the figure of the paper the angle, and the conflict, stay.
+
+    Args:
+        gramian: inner products of at most two gradients, shape ``[K, K]``.
+        lam: share of task 0, in ``[0, 1]`` (lambda of eq. 36).
+
+    Returns:
+        Diagonal coefficients, shape ``[K, K]``.
+
+    Raises:
+        ValueError: if ``lam`` is outside ``[0, 1]``, or ``gramian`` has more than two
+            tasks, is not square, is empty or not floating point.
+    """
+    return _ghpp_printed(gramian, lam).to(gramian.dtype)
+
+
+def _gh(gramian: Tensor) -> Tensor:
+    """Coefficients of GH in float64."""
+    _check(gramian)
+    if len(gramian) <= 2:
+        # Eq. 29 as it stands. The first clamp is the indicator of eq. 5 and, since the
+        # diagonal is never negative, clears the diagonal; the second spares 0 / 0.
+        gramian = gramian.double()
+        squares = gramian.diagonal().clamp(min=torch.finfo(gramian.dtype).tiny)
+        coefficients = gramian.neg().clamp_(min=0).div_(squares).fill_diagonal_(1)
+        return _poisoned(coefficients, gramian)
+    matrix, scale = rescaled(gramian)
+    rows = cone_multipliers(matrix)
+    coefficients = identity(matrix) + rows * (scale / scale[:, None])
+    return _poisoned(coefficients, gramian)
+
+
+def _ghpp(gramian: Tensor, lam: float) -> Tensor:
+    """Coefficients of GH++ in float64."""
+    _check(gramian)
+    _check_lam(lam)
+    matrix, scale = rescaled(gramian)
+    if len(matrix) > 2 and lam != 0.5:
+        raise ValueError(
+            f"lam must be 0.5 for more than 2 tasks, got {lam} for {len(matrix)} tasks"
+        )
+    if len(matrix) == 2:
+        turned = rotation(matrix, scale, lam, resolution_of(gramian.dtype))
+    else:
+        turned = frame(matrix, scale, resolution_of(gramian.dtype))
+    return _poisoned(turned, gramian)
+
+
+def _ghpp_balanced(gramian: Tensor) -> Tensor:
+    """Coefficients of balanced GH++ in float64."""
+    _check(gramian)
+    _check_at_most_two(gramian)
+    matrix, scale = rescaled(gramian)
+    if len(matrix) == 1:
+        return _poisoned(identity(matrix), gramian)
+    norms = matrix.diagonal().sqrt() / scale
+    lam = torch.atan2(norms[0], norms[1]) * (2 / math.pi)
+    turned = rotation(matrix, scale, lam, resolution_of(gramian.dtype))
+    return _poisoned(turned, gramian)
+
+
+def _ghpp_printed(gramian: Tensor, lam: float) -> Tensor:
+    """Coefficients of GH++ as printed in float64."""
+    _check(gramian)
+    _check_lam(lam)
+    _check_at_most_two(gramian)
+    matrix, _ = rescaled(gramian)
+    if len(matrix) == 1:
+        return _poisoned(identity(matrix), gramian)
+    excess = torch.atan2(matrix[0, 1].neg().clamp(min=0), determinant(matrix).sqrt())
+    tau = [1 + 2 * (lam * excess / 2).sin(), 1 - 2 * ((1 - lam) * excess / 2).sin()]
+    return _poisoned(torch.stack(tau).diag(), gramian)
+
+
+def _poisoned(coefficients: Tensor, gramian: Tensor) -> Tensor:
+    """Make coefficients NaN if any entry of the Gramian is not finite."""
+    # Zero times the sum: 0, or NaN if the sum is not finite.
+    return torch.add(coefficients, gramian.sum(dtype=torch.float64), alpha=0)
+
+
+def _check(gramian: Tensor) -> None:
+    if gramian.dim() != 2 or gramian.shape[0] != gramian.shape[1] or not len(gramian):
+        shape = list(gramian.shape)
+        raise ValueError(f"gramian must have shape [K, K] with K >= 1, got {shape}")
+    if not gramian.is_floating_point():
+        raise ValueError(f"gramian must be floating point, got {gramian.dtype}")
+
+
+def _check_lam(lam: float) -> None:
+    if not 0 <= lam <= 1:  # also true of NaN
+        raise ValueError(f"lam must be in [0, 1], got {lam}")
+
+
+def _check_at_most_two(gramian: Tensor) -> None:
+    if len(gramian) > 2:
+        raise ValueError(
+            f"gramian must be of at most 2 tasks for this rule, got {len(gramian)}"
+        )

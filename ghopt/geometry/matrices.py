@@ -1,0 +1,57 @@
+"""Small matrices as all rules need them: scaled, and with determinants to rounding."""
+
+import torch
+from torch import Tensor
+
+
+def rescaled(gramian: Tensor) -> tuple[Tensor, Tensor]:
+    """Give a float64 Gramian with diagonal in [1/2, 2), and the scale of each task.
+
+    The scales are powers of two, so no entry is rounded, and no product of entries
+    overflows. A zero gradient becomes one orthogonal to all others, which no rule
+    touches. A Gramian with a non-finite entry becomes the identity: eigh would refuse
+    it. The caller calls :func:`ghopt.geometry._poisoned`.
+    """
+    gramian = gramian.double()
+    exponent = torch.frexp(gramian.diagonal()).exponent
+    half = torch.div(exponent, 2, rounding_mode="floor")
+    scale = torch.exp2(-half.double())
+    # Two factors one after the other: their product alone could overflow.
+    matrix = gramian * scale[:, None] * scale
+    some = matrix.diagonal() > 0
+    usable = some & some[:, None] & gramian.isfinite().all()
+    return matrix.where(usable, identity(matrix)), scale.where(some, 1)
+
+
+def identity(matrix: Tensor) -> Tensor:
+    """Give the identity of the size, dtype and device of a matrix."""
+    return torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+
+
+def determinant(matrix: Tensor) -> Tensor:
+    """Determinant of a ``[2, 2]`` Gramian to rounding, 0 where rounding made it less.
+
+    Near opposite gradients its two products agree in all but the last digits; their
+    rounding errors, which decide then, are taken along (Dekker 1971).
+    """
+    product, error = _exact_product(matrix[0, 0], matrix[1, 1])
+    square, square_error = _exact_product(matrix[0, 1], matrix[0, 1])
+    return ((product - square) + (error - square_error)).clamp(min=0)
+
+
+def _exact_product(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Float64 product and its rounding error: their exact sum is ``a * b``."""
+    product = a * b
+    a_high, a_low = _halves(a)
+    b_high, b_low = _halves(b)
+    error = (
+        (a_high * b_high - product) + a_high * b_low + a_low * b_high
+    ) + a_low * b_low
+    return product, error
+
+
+def _halves(a: Tensor) -> tuple[Tensor, Tensor]:
+    """Split the 53 bits of a float64 so that products of halves are exact (Veltkamp)."""
+    large = a * (2.0**27 + 1)
+    high = large - (large - a)
+    return high, a - high

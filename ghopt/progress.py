@@ -1,0 +1,89 @@
+"""What changes between the calls of a ``HarmonizedOptimizer``."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from ghopt.harmonize import Accumulation, Outcome
+from ghopt.losses import weighted_sum
+from ghopt.measuring import Harmonization
+from ghopt.ranks import Replicas
+
+Mean: TypeAlias = Callable[[Tensor], Tensor]
+"""Takes the mean of a number over the ranks."""
+
+
+@dataclass
+class Progress:
+    """All that changes between calls: see the module's docstring.
+
+    Attributes:
+        accumulation: micro-batches that await the last one.
+        last: what the last harmonization found and did.
+        steps: number of steps that the weights in ``last`` have served.
+        is_measured: whether they serve the step to come, or in progress.
+        is_stepping: whether a step of the base optimizer is in progress.
+        values: losses of the micro-batches in an evaluation by a closure, by task.
+        value: weighted sum of the losses of that evaluation, as far as harmonized.
+        is_known: whether ``backward`` was ever called, or its absence told.
+        clears_to: whether ``zero_grad`` of the base takes ``set_to_none``, once known.
+        replicas: the DDP models of this process.
+    """
+
+    accumulation: Accumulation = field(default_factory=Accumulation)
+    last: Harmonization | None = None
+    steps: int = 0
+    is_measured: bool = False
+    is_stepping: bool = False
+    values: dict[str, Tensor] = field(default_factory=dict)
+    value: Tensor | None = None
+    is_known: bool = False
+    clears_to: bool | None = None
+    replicas: Replicas = field(default_factory=Replicas)
+
+    def forget(self) -> None:
+        """Drop a started accumulation."""
+        self.accumulation.forget()
+        self.values.clear()
+
+    def note(self, outcome: Outcome, mean: Mean) -> None:
+        """Note what a ``backward`` did.
+
+        Args:
+            outcome: of it.
+            mean: takes the mean of a number over the ranks.
+        """
+        if outcome.found is not None:
+            self.last, self.steps, self.is_measured = outcome.found, 0, True
+        elif outcome.reused is not None and not self.accumulation:
+            self.is_measured = outcome.reused is self.last
+        if self.is_stepping:
+            self._evaluate(outcome, mean)
+
+    def _evaluate(self, outcome: Outcome, mean: Mean) -> None:
+        """Add up the losses of an evaluation by a closure, and weigh them at its end."""
+        for name, loss in outcome.losses.items():
+            value = loss.detach().reshape(())
+            self.values[name] = self.values.get(name, 0) + value
+        if self.accumulation or not self.values:
+            return
+        if outcome.found is None:
+            weights = torch.ones(len(self.values), dtype=torch.float64, device="cpu")
+            values = [*self.values.values()]
+        else:
+            weights = outcome.found.weights
+            values = [self.values[name] for name in outcome.found.names]
+        # The gradient is that of all ranks, and a line search on each must see the same.
+        value = mean(weighted_sum(values, weights))
+        self.value = value if self.value is None else self.value + value
+        self.values.clear()
+
+    def end_step(self) -> None:
+        """Forget what was for this step only."""
+        self.forget()
+        self.steps += self.is_measured
+        self.is_measured = self.is_stepping = False
+        self.value = None

@@ -1,0 +1,71 @@
+"""What torch does around the step of an optimizer, where a wrapper must join in."""
+
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from types import FrameType
+from typing import Any
+
+from torch.amp.grad_scaler import GradScaler, OptState
+from torch.optim import Optimizer
+
+_stepping = threading.local()
+"""In ``bases``: those that step in this thread, inside a wrapper."""
+
+
+class _ButForBases:
+    """A global step hook of torch that passes by the bases of wrappers.
+
+    It has run for the wrapper. In the place of the hook, so that handles find it, and for
+    good: to take it out and put it in again would not be safe among threads.
+    """
+
+    def __init__(self, hook: Callable[..., Any]) -> None:
+        self._hook = hook
+
+    def __call__(self, optimizer: Optimizer, *args: Any) -> Any:
+        """Run the hook, or pass by."""
+        bases = getattr(_stepping, "bases", [])
+        if any(optimizer is base for base in bases):
+            return None
+        return self._hook(optimizer, *args)
+
+
+@contextmanager
+def passing_by(base: Optimizer) -> Iterator[None]:
+    """Keep torch's global step hooks from running for the base as well."""
+    module = import_module("torch.optim.optimizer")  # torch.optim hides its name
+    for kind in ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks"):
+        hooks = getattr(module, kind)
+        for key, hook in list(hooks.items()):
+            if not isinstance(hook, _ButForBases):
+                hooks[key] = _ButForBases(hook)
+    bases = _stepping.__dict__.setdefault("bases", [])
+    bases.append(base)
+    try:
+        yield
+    finally:
+        bases.remove(base)
+
+
+def takes(function: Callable[..., Any], keyword: str) -> bool:
+    """Say whether a function takes a keyword."""
+    parameters = inspect.signature(function).parameters
+    return keyword in parameters or any(
+        parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()
+    )
+
+
+def asks_scaler(frame: FrameType) -> bool:
+    """Say whether it is GradScaler.step that asks for an attribute."""
+    return frame.f_code is GradScaler.step.__code__
+
+
+def has_unscaled(scaler: GradScaler, optimizer: Optimizer) -> bool:
+    """Say whether a scaler has unscaled the gradients of the step to come."""
+    # One that is not enabled has none.
+    states = getattr(scaler, "_per_optimizer_states", {})
+    state = states.get(id(optimizer))
+    return state is not None and state["stage"] is not OptState.READY
