@@ -29,7 +29,7 @@ _LETTERS = 40
 
 def conflict_rate(recording: Recording, axes: "Axes") -> None:
     """Draw which share of the steps each pair is in conflict, over time."""
-    shares = conflict_shares(recording)
+    shares = recording.conflict_shares
     worst = sorted(recording.pairs, key=lambda pair: -shares[pair])[:MOST_LINES]
     for i, j in worst:
         obtuse = recording.conflicts[:, i, j].double()
@@ -89,7 +89,7 @@ def weights_over_time(recording: Recording, axes: "Axes") -> None:
 
 def layer_conflict(recording: Recording, axes: "Axes") -> None:
     """Draw in which share of the steps each layer has a pair in conflict."""
-    shares = layer_shares(recording)
+    shares = recording.layer_shares
     names = list(shares)
     if len(names) > MOST_LAYERS:
         worst = set(sorted(names, key=lambda name: -shares[name])[:MOST_LAYERS])
@@ -157,26 +157,6 @@ def new_figure(width: float, height: float) -> "Figure":
             name=error.name,
         ) from error
     return Figure(figsize=(width, height), layout="constrained")
-
-
-def conflict_shares(recording: Recording) -> dict[tuple[int, int], float]:
-    """Take the share of the steps with both tasks in which a pair is in conflict."""
-    return {(i, j): _share(recording.gramians[:, i, j]) for i, j in recording.pairs}
-
-
-def layer_shares(recording: Recording) -> dict[str, float]:
-    """Take the share of the steps with a layer in which it has a pair in conflict."""
-    shares = {}
-    for name, products in recording.layers.items():
-        values = products.flatten(1)
-        known = ~values.isnan().all(1)
-        shares[name] = _share(values[known].nan_to_num(0).amin(1))
-    return shares
-
-
-def _share(products: Tensor) -> float:
-    known = products[~products.isnan()]
-    return float((known < 0).double().mean()) if len(known) else 0.0
 
 
 def _pair(recording: Recording, i: int, j: int) -> str:

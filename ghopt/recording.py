@@ -111,6 +111,31 @@ class Recording:
         both = self.present[:, :, None] & self.present[:, None, :]
         return (self.gramians.isfinite() | ~both).flatten(1).all(1)
 
+    @property
+    def conflict_shares(self) -> dict[tuple[int, int], float]:
+        """Share of the steps with both tasks in which a pair is in conflict."""
+        return {
+            (i, j): _share_below_zero(self.gramians[:, i, j]) for i, j in self.pairs
+        }
+
+    @property
+    def layer_shares(self) -> dict[str, float]:
+        """Share of the steps with a layer in which it has a pair in conflict, by name."""
+        shares = {}
+        for name, products in self.layers.items():
+            values = products.flatten(1)
+            known = ~values.isnan().all(1)
+            shares[name] = _share_below_zero(values[known].nan_to_num(0).amin(1))
+        return shares
+
+    def opposed(self, weights: Tensor) -> Tensor:
+        """Say which tasks a weighted sum works against, ``[n, K]``, bool.
+
+        Exact weights leave a slope of zero at times, of which rounding may be below it: a
+        cosine below -1e-6 counts.
+        """
+        return self.update_cosines(weights) < -1e-6
+
     def where(self, chosen: Tensor) -> "Recording":
         """Take some of the steps: those of a mask, ``[n]``, bool."""
         return replace(
@@ -251,6 +276,11 @@ class Recording:
         terms = self.gramians * weights[:, None, :]
         totals = terms.masked_fill(~self.present[:, None, :], 0).sum(2)
         return totals.masked_fill(~self.present, math.nan)
+
+
+def _share_below_zero(products: Tensor) -> float:
+    known = products[~products.isnan()]
+    return float((known < 0).double().mean()) if len(known) else 0.0
 
 
 class Step(NamedTuple):

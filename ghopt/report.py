@@ -13,12 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ghopt.plots import (
-    conflict_shares,
-    layer_shares,
-    new_figure,
-    plots_of,
-)
+from ghopt.plots import new_figure, plots_of
 from ghopt.recording import Recording
 
 FEWEST_STEPS = 30
@@ -148,6 +143,7 @@ def _judge_finite(recording: Recording) -> Verdict:
         )
     any_pair = _mean(recording.conflicts.flatten(1).any(1))
     opposed = _mean((recording.plain_slopes < 0).any(1))
+    against = _mean(recording.opposed(recording.weights).any(1))
     findings = [
         (
             f"In {_percent(any_pair)} of the {count} recorded steps two tasks were in "
@@ -156,43 +152,55 @@ def _judge_finite(recording: Recording) -> Verdict:
         (
             f"In {_percent(opposed)} of the steps the plain sum of the gradients would "
             "have worked against a task; the recorded weights did in "
-            f"{_percent(_mean(_against(recording)))}."
+            f"{_percent(against)}."
         ),
+        *_about_pairs(pairs),
+        *_about_layers(recording),
+        *_about_silent_tasks(recording),
     ]
+    return Verdict(findings, list(_advice(count, pairs, any_pair, opposed)))
+
+
+def _about_pairs(pairs: Sequence[Pair]) -> Iterator[str]:
     worst = max(pairs, key=lambda pair: pair.share)
     if worst.share:
-        findings.append(
+        yield (
             f"Most often in conflict are {_both(worst)}: in {_percent(worst.share)} of "
             f"their steps, then with a median cosine of {worst.cosine:.2f}."
         )
-    shares = layer_shares(recording)
-    name, share = max(shares.items(), key=lambda one: one[1], default=("", 0.0))
-    if share:
-        findings.append(
+
+
+def _about_layers(recording: Recording) -> Iterator[str]:
+    shares = recording.layer_shares
+    name, most = max(shares.items(), key=lambda one: one[1], default=("", 0.0))
+    if most:
+        yield (
             f"Among the layers, {_layer(name)} has a pair in conflict most often, in "
-            f"{_percent(share)} of the steps."
+            f"{_percent(most)} of the steps."
         )
-    least, share = min(shares.items(), key=lambda one: one[1], default=("", 0.0))
-    if shares and share < max(shares.values()):
-        findings.append(f"Least often {_layer(least)}: {_percent(share)}.")
+    name, least = min(shares.items(), key=lambda one: one[1], default=("", 0.0))
+    if least < most:
+        yield f"Least often {_layer(name)}: {_percent(least)}."
+
+
+def _about_silent_tasks(recording: Recording) -> Iterator[str]:
     silent = [
         name
         for name, norms in zip(recording.names, recording.norms.T, strict=True)
         if not norms.nan_to_num(0).any()
     ]
     if silent:
-        findings.append(
+        yield (
             f"Without any gradient: {', '.join(silent)}. Does the loss reach the "
             "parameters?"
         )
-    return Verdict(findings, list(_advice(count, pairs, any_pair, opposed)))
 
 
 def pairs_of(recording: Recording) -> list[Pair]:
     """Summarize each pair of tasks that had part in a step together, the worst first."""
     found = []
     cosines, norms = recording.cosines, recording.norms
-    for (i, j), share in conflict_shares(recording).items():
+    for (i, j), share in recording.conflict_shares.items():
         values = cosines[:, i, j]
         ratios = norms[:, i] / norms[:, j]
         ratios = ratios[ratios.isfinite() & (ratios > 0)]
@@ -260,12 +268,6 @@ def _advice(
             "Tasks are in conflict, but their sum seldom works against one: what a "
             "weighting changes is how fast each of them goes. Expect little."
         )
-
-
-def _against(recording: Recording) -> Tensor:
-    # Exact weights leave a slope of zero at times, of which rounding may be below it.
-    cosines = recording.update_cosines(recording.weights)
-    return (cosines < -1e-6).any(1)
 
 
 def _finite(recording: Recording) -> Recording:

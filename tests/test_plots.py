@@ -82,7 +82,7 @@ def test_steps_without_both_tasks_do_not_count_in_the_conflict_rate() -> None:
     first, second = lines(drawn(conflict_rate, recording))["one / other"][1]
     assert first == 100
     assert math.isnan(second)
-    shares = plots.conflict_shares(recording)
+    shares = recording.conflict_shares
     assert shares == {(0, 1): 1, (0, 2): 1, (1, 2): 0}
 
 

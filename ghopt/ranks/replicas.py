@@ -98,52 +98,22 @@ class Replicas:
             return False
         known, given = set(parameters), models_of(sync_group)
         reached: list[set[Tensor]] | None = None
-        alone = False
+        is_local = False
         for model in self._find():
             is_ours = not known.isdisjoint(model.parameters())
-            others = set() if model in given else {*also_trained([model], known)}
             if is_ours:
                 _refuse_shards(model)
-                if model.require_forward_param_sync and several:
-                    raise RuntimeError(
-                        "losses need one backward pass each, but the DDP model of these "
-                        f"parameters averages the first one only: {_CURE}"
-                    )
-            if others:
-                if reached is None:
-                    reached = [{*leaves(loss)} for loss in losses if loss.requires_grad]
-                passes = sum(not others.isdisjoint(found) for found in reached)
-            else:
-                passes = 0
+            others = set() if model in given else {*also_trained([model], known)}
+            if others and reached is None:
+                reached = [{*leaves(loss)} for loss in losses if loss.requires_grad]
+            passes = sum(not others.isdisjoint(found) for found in reached or [])
             if model.require_forward_param_sync:
-                if passes > 1:
-                    raise RuntimeError(
-                        f"losses reach {_name(model)}, a DDP model beside this optimizer, "
-                        f"in {passes} backward passes, of which it averages the first one "
-                        f"only: {_CURE}. Or freeze the model, if its gradients are not wanted"
-                    )
-                continue
-            if model.process_group.size() == 1 or sync_group is False:
-                continue
-            if is_ours and sync_group is None:
-                alone = True
+                _refuse_later_passes(model, is_ours and several, passes)
+            elif model.process_group.size() > 1 and sync_group is not False:
                 if not accumulate_only:
-                    raise RuntimeError(
-                        "losses would give other gradients on every rank, since the DDP "
-                        "model of these parameters last ran inside no_sync(): pass "
-                        "sync_group=model to backward(), or sync_group=False if you "
-                        "average them yourself"
-                    )
-            if passes and not accumulate_only:
-                raise RuntimeError(
-                    f"losses reach parameters of {_name(model)}, a DDP model that last ran "
-                    "inside no_sync(), which are not in this optimizer: nobody would "
-                    "average them. Pass sync_group=[...] to backward() with every model "
-                    "that the losses reach, or sync_group=False if you average them "
-                    "yourself"
-                )
-            alone = alone or (bool(passes) and sync_group is None)
-        return alone
+                    _refuse_local(model, is_ours and sync_group is None, passes)
+                is_local |= sync_group is None and (is_ours or passes > 0)
+        return is_local
 
     def _find(self) -> list[DistributedDataParallel]:
         """List the models that have run, but for one in the middle of its forward pass.
@@ -154,6 +124,52 @@ class Replicas:
         active = DistributedDataParallel._active_ddp_module
         # Until it has run a model claims to be armed (require_forward_param_sync).
         return [m for m in self._models() if m is not active and m._lazy_init_ran]
+
+
+def _refuse_later_passes(
+    model: DistributedDataParallel, is_ours: bool, passes: int
+) -> None:
+    """Refuse passes through a model that averages the first one only.
+
+    Args:
+        model: its last forward pass prepared for one pass.
+        is_ours: whether several go through its parameters that are in the optimizer.
+        passes: how many go through the others.
+    """
+    if is_ours:
+        raise RuntimeError(
+            "losses need one backward pass each, but the DDP model of these parameters "
+            f"averages the first one only: {_CURE}"
+        )
+    if passes > 1:
+        raise RuntimeError(
+            f"losses reach {_name(model)}, a DDP model beside this optimizer, in {passes} "
+            f"backward passes, of which it averages the first one only: {_CURE}. Or freeze "
+            "the model, if its gradients are not wanted"
+        )
+
+
+def _refuse_local(model: DistributedDataParallel, is_ours: bool, passes: int) -> None:
+    """Refuse passes through a model that last ran inside no_sync() and nobody averages.
+
+    Args:
+        model: prepared for no pass.
+        is_ours: whether its parameters are in the optimizer, and will not be averaged.
+        passes: how many go through others of its parameters that will not be.
+    """
+    if is_ours:
+        raise RuntimeError(
+            "losses would give other gradients on every rank, since the DDP model of these "
+            "parameters last ran inside no_sync(): pass sync_group=model to backward(), or "
+            "sync_group=False if you average them yourself"
+        )
+    if passes:
+        raise RuntimeError(
+            f"losses reach parameters of {_name(model)}, a DDP model that last ran inside "
+            "no_sync(), which are not in this optimizer: nobody would average them. Pass "
+            "sync_group=[...] to backward() with every model that the losses reach, or "
+            "sync_group=False if you average them yourself"
+        )
 
 
 def _name(model: DistributedDataParallel) -> str:
