@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from operator import mul
 from typing import TypeAlias
 
 import torch
@@ -217,10 +218,8 @@ def check_range(
         return
     reach = largest
     if gramian is not None:
-        squares = gramian.diagonal().tolist()
-        reach = max(
-            w * math.sqrt(square) for w, square in zip(given, squares, strict=True)
-        )
+        squares = [row[task] for task, row in enumerate(gramian.tolist())]
+        reach = max(map(mul, given, map(math.sqrt, squares)))
     for dtype in set(dtypes):
         is_half = dtype in (torch.float16, torch.bfloat16)
         held = (

@@ -20,7 +20,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import ExponentialLR
 from torch.testing import assert_close
 
-from benchmarks.speed.watch import watch
+from benchmarks.common.watch import watch
 from ghopt import HarmonizedOptimizer, Recorder, Recording, gh, ghpp, measure
 from ghopt.geometry import cosines
 from ghopt.measuring import GramianOf, Harmonization

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.common.options import positive
 from benchmarks.mtl import (
     adversarial,
     cells,
@@ -26,7 +27,6 @@ from benchmarks.mtl.problem import Problem
 from benchmarks.mtl.rules import RULES, rules_for
 from benchmarks.mtl.table import NOTES, Compared, compare, format_problem, verdict
 from benchmarks.mtl.train import Result, run, time_ratio
-from benchmarks.options import positive
 from benchmarks.speed.results import environment
 
 PROBLEMS = {

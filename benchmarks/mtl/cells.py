@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.common.extra import bench_extra
 from benchmarks.mtl.problem import Batch, Metric, Problem, Training, generator
-from benchmarks.uda.extra import bench_extra
 
 MEASURES = (
     "radius",

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 from typing import NamedTuple
 
+from benchmarks.common.table import lay_out
 from benchmarks.mtl.problem import Metric, Problem
 from benchmarks.mtl.train import Result
 from benchmarks.uda.results import FEWEST_SEEDS, Difference, paired_difference
@@ -63,7 +64,7 @@ def format_problem(
         f"{problem.name}: {problem.title}\n"
         f"{len(problem.tasks)} tasks ({names}); {counts}"
     )
-    text = f"{title}\n\n{layout([header, *rows])}"
+    text = f"{title}\n\n{lay_out([header, *rows])}"
     others = [metric for metric in problem.metrics if not metric.headline]
     if others:
         details = [
@@ -73,7 +74,7 @@ def format_problem(
             ]
             for metric in others
         ]
-        text += f"\n\n{layout([['metric', *rules], *details])}"
+        text += f"\n\n{lay_out([['metric', *rules], *details])}"
     return text
 
 
@@ -111,19 +112,6 @@ def verdict(compared: Sequence[Compared], seeds: int) -> str:
         lines += [f"{word} than the sum:" if chosen else f"{word} than the sum: none."]
         lines += [f"  {_in_words(one)}" for one in chosen]
     return "\n".join(lines)
-
-
-def layout(rows: Sequence[Sequence[str]]) -> str:
-    """Align columns under a header: the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if index else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
 def _row(

@@ -1,9 +1,9 @@
 """One run of one problem under one rule, and what a rule costs."""
 
 import hashlib
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from statistics import median
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from benchmarks.common.clock import cpu_seconds
 from benchmarks.mtl.problem import Batch, Problem, Training
 from benchmarks.mtl.rules import RULES
 from ghopt import HarmonizedOptimizer, Recorder, Recording
@@ -126,7 +127,7 @@ def time_ratio(problem: Problem, rule: str, rounds: int = ROUNDS) -> float:
     ratios = []
     for index, batch in enumerate(islice(trainings[0].batches, WARM_UPS + rounds)):
         order = (0, 1) if index % 2 else (1, 0)
-        seconds = {which: _seconds(steps[which], batch) for which in order}
+        seconds = {which: cpu_seconds(partial(steps[which], batch)) for which in order}
         ratios.append(seconds[1] / seconds[0])
     return median(ratios[WARM_UPS:])
 
@@ -151,9 +152,3 @@ def _harmonized_step(training: Training, rule: str) -> Callable[[Batch], None]:
         optimizer.step()
 
     return step
-
-
-def _seconds(step: Callable[[Batch], None], batch: Batch) -> float:
-    start = time.process_time()
-    step(batch)
-    return time.process_time() - start

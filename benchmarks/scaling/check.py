@@ -11,7 +11,6 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -21,9 +20,8 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from benchmarks.common.watch import Watch
 from benchmarks.scaling.model import (
     ddp_control,
     ddp_copies,
@@ -256,33 +254,26 @@ def _step(
     optimizer.step()
 
 
-class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
-    """Counts collectives and memory, also what torch itself begins and allocates.
+class _Watch(Watch):  # type: ignore[no-untyped-call]  # torch's
+    """Counts collectives, too, and memory also of what torch itself begins.
 
     Not by the profiler, which loses what gloo's threads free.
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch's
-        self.counting = False  # storages are noted always
-        self.messages, self.sent, self.peak = 0, 0.0, 0
-        self._storages: WeakSet[torch.UntypedStorage] = WeakSet()
+        super().__init__()
+        self.counting = False
+        self.messages, self.sent = 0, 0.0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if DTensor in types:
             return NotImplemented  # then it is split first, and its shard comes here
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves((args, kwargs, result)):
-            if isinstance(tensor, Tensor):
-                self._storages.add(tensor.untyped_storage())
-        if self.counting:
-            alive = sum(storage.nbytes() for storage in self._storages)
-            self.peak = max(self.peak, alive)
-            if func.namespace == "c10d":
-                self.messages += 1
-                self.sent += _sent(func.overloadpacket.__name__, args)
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if self.counting and func.namespace == "c10d":
+            self.messages += 1
+            self.sent += _sent(func.overloadpacket.__name__, args)
         return result
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+from benchmarks.common.table import lay_out
 from benchmarks.scaling.model import (
     GRADIENT,
     HALF,
@@ -63,7 +64,7 @@ def _volumes(world: int) -> str:
                 for tasks in counts
             ]
         rows.append((network.name, *(f"{size / 1e9:.1f}" for size in sent)))
-    return _layout(rows)
+    return lay_out(rows, underline=False)
 
 
 def _prices(memory: float, price: Price) -> str:
@@ -88,7 +89,7 @@ def _prices(memory: float, price: Price) -> str:
         if len({*lines.values()}) == 1:  # as little on many GPUs as on few
             lines = {"any": lines[WORLDS[0]]}
         rows += [(network.name, str(world), *line) for world, line in lines.items()]
-    return _layout(rows)
+    return lay_out(rows, underline=False)
 
 
 _COLUMNS = ("GB", "wait", "ms")
@@ -111,16 +112,3 @@ def _line(costs: Sequence[Cost], memory: float) -> tuple[str, ...]:
 
 def _heading(tasks: int) -> str:
     return f"K={tasks}" if tasks > 1 else "plain"
-
-
-def _layout(rows: Sequence[Sequence[str]]) -> str:
-    """Align the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if index else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    return "\n".join(lines)

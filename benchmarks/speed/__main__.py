@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.options import positive
+from benchmarks.common.options import positive
 from benchmarks.speed.accuracy import direction_errors, gramian_errors, update_errors
 from benchmarks.speed.bandwidth import bandwidths
 from benchmarks.speed.measure import peak_copies, time_ratios

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.speed.measure import WARM_UPS, make_timer, spread
+from benchmarks.common.clock import make_timer
+from benchmarks.speed.measure import WARM_UPS, spread
 from benchmarks.speed.problems import make
 from benchmarks.speed.results import Figure
 from ghopt import gh

@@ -2,19 +2,17 @@
 
 import gc
 import random
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from statistics import quantiles
 
 import torch
 
+from benchmarks.common.clock import Timer, make_timer
+from benchmarks.common.watch import watch
 from benchmarks.speed.methods import FLOOR, PLAIN, Method, Step
 from benchmarks.speed.problems import make
 from benchmarks.speed.results import Figure, attempt
-from benchmarks.speed.watch import watch
-
-Timer = Callable[[Step], float]
 
 WARM_UPS = 2
 # In a shorter time the clock would show, and what the caches still hold.
@@ -73,7 +71,7 @@ def peak_copies(
     """Take the peak of live tensors over that of the plain step, in gradient copies.
 
     The step is a second one, so the state of the optimizer is in both. A kernel's own
-    scratch memory is not seen, see :class:`benchmarks.speed.watch.Watch`.
+    scratch memory is not seen, see :class:`benchmarks.common.watch.Watch`.
     """
     problem = make(network, tasks, device)
     plain = watch(PLAIN.start(problem)).peak
@@ -96,29 +94,6 @@ def spread(values: Sequence[float]) -> tuple[float, float, float]:
         return values[0], values[0], values[0]
     low, middle, high = quantiles(values, n=4, method="inclusive")
     return middle, low, high
-
-
-def make_timer(device: torch.device) -> Timer:
-    """Make what times a step in seconds: CPU time, or between two CUDA events."""
-    return _device_seconds if device.type == "cuda" else _process_seconds
-
-
-def _process_seconds(step: Step) -> float:
-    start = time.process_time()  # not counting what other processes take
-    step()
-    return time.process_time() - start
-
-
-def _device_seconds(step: Step) -> float:
-    start, end = (
-        torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch's
-        for _ in range(2)
-    )
-    start.record()
-    step()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end)) / 1000
 
 
 def _warm_step(method: Method, network: str, tasks: int, device: torch.device) -> Step:

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import torch
 
+from benchmarks.common.table import lay_out
 from benchmarks.speed.methods import METHODS
 
 T = TypeVar("T")
@@ -81,12 +82,8 @@ def format_table(figures: Sequence[Figure]) -> str:
     for row in rows:
         found = [places.get((row, column)) for column in columns]
         cells.append([row, *(_cell(figure, errors) for figure in found)])
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(_pad(line, widths)).rstrip() for line in cells]
     notes = [f"[{number}] {error}" for number, error in enumerate(errors, 1)]
-    return "\n".join(
-        [title, lines[0], "-" * sum(widths, 2 * len(columns)), *lines[1:], *notes]
-    )
+    return "\n".join([title, lay_out(cells), *notes])
 
 
 def format_notes(rows: Sequence[str]) -> str:
@@ -118,15 +115,6 @@ def _cell(figure: Figure | None, errors: Sequence[str]) -> str:
     if figure.low is None or figure.high is None:
         return format(figure.value, digits)
     return f"{figure.value:.2f} ({figure.low:.2f}-{figure.high:.2f})"
-
-
-def _pad(line: Sequence[str], widths: Sequence[int]) -> list[str]:
-    """Names to the left, figures to the right."""
-    name, *figures = line
-    padded = [
-        cell.rjust(width) for cell, width in zip(figures, widths[1:], strict=True)
-    ]
-    return [name.ljust(widths[0]), *padded]
 
 
 def _processor() -> str:

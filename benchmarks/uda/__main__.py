@@ -8,9 +8,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.options import positive
+from benchmarks.common.extra import bench_extra
+from benchmarks.common.options import positive
 from benchmarks.uda.data import load_task
-from benchmarks.uda.extra import bench_extra
 from benchmarks.uda.options import DEMO_STEPS, REAL_STEPS, add_task, find_task
 from benchmarks.uda.plots import draw_all
 from benchmarks.uda.pool import run_all

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks.options import positive, whole
+from benchmarks.common.extra import bench_extra
+from benchmarks.common.options import positive, whole
 from benchmarks.uda.backbones import (
     BACKBONES,
     build_networks,
@@ -24,7 +25,6 @@ from benchmarks.uda.backbones import (
     load_backbone,
 )
 from benchmarks.uda.data import Batch
-from benchmarks.uda.extra import bench_extra
 from benchmarks.uda.image_lists import DATA_SETS, Domain, Task, load_task
 from benchmarks.uda.images import CROP, batches, normalize, ordered_batches
 from benchmarks.uda.networks import Networks

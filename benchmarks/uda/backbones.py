@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.uda.extra import bench_extra
+from benchmarks.common.extra import bench_extra
 from benchmarks.uda.networks import Networks, assemble
 
 BOTTLENECK = 256

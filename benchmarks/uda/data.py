@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.uda.extra import bench_extra
+from benchmarks.common.extra import bench_extra
 
 if TYPE_CHECKING:
     import numpy as np

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.uda.extra import bench_extra
+from benchmarks.common.extra import bench_extra
 from benchmarks.uda.networks import Networks
 
 

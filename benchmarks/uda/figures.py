@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.options import positive
+from benchmarks.common.extra import bench_extra
+from benchmarks.common.options import positive
 from benchmarks.uda.data import Task, load_task
-from benchmarks.uda.extra import bench_extra
 from benchmarks.uda.features import (
     confusion_matrix,
     embed,

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks.common.extra import bench_extra
 from benchmarks.uda.data import Batch, shuffled_rows
-from benchmarks.uda.extra import bench_extra
 from benchmarks.uda.image_lists import Domain, Task
 
 RESIZED, CROP = 256, 224

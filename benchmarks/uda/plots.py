@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from benchmarks.uda.extra import bench_extra
+from benchmarks.common.extra import bench_extra
 from benchmarks.uda.networks import CLASSES
 from benchmarks.uda.results import (
     Result,

@@ -9,8 +9,8 @@ from typing import TypeVar
 
 import torch
 
+from benchmarks.common.extra import bench_extra
 from benchmarks.uda.data import Task
-from benchmarks.uda.extra import bench_extra
 from benchmarks.uda.results import Result
 from benchmarks.uda.rules import RULES
 from benchmarks.uda.steps import SOURCE_ONLY, Config

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 
+from benchmarks.common.table import lay_out
 from benchmarks.uda.results import (
     FEWEST_SEEDS,
     Difference,
@@ -53,10 +54,7 @@ def format_table(results: Sequence[Result], ratios: Ratios) -> str:
         for rule in RULES
         if select(results, method, rule)
     ]
-    widths = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
-    lines = [_line(row, widths) for row in (COLUMNS, *rows)]
-    lines.insert(1, "-" * len(lines[0]))
-    return "\n".join(lines)
+    return lay_out((COLUMNS, *rows), names=2)
 
 
 def format_notes(results: Sequence[Result]) -> str:
@@ -151,12 +149,3 @@ def _row(
 
 def _with_spread(number: str, spread: float) -> str:
     return number if math.isnan(spread) else f"{number} +- {spread:.1f}"
-
-
-def _line(row: Sequence[str], widths: Sequence[int]) -> str:
-    """Names to the left, numbers to the right."""
-    cells = [
-        cell.ljust(width) if index < 2 else cell.rjust(width)
-        for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-    ]
-    return "  ".join(cells).rstrip()

@@ -15,9 +15,10 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from benchmarks.options import positive
+from benchmarks.common.extra import bench_extra
+from benchmarks.common.options import positive
+from benchmarks.common.table import lay_out
 from benchmarks.uda.data import DEMO, LARGE, REAL, SHA256, SIZE, Task, load_task
-from benchmarks.uda.extra import bench_extra
 from benchmarks.uda.options import add_data, add_device, add_trade_offs
 from benchmarks.uda.pool import finished
 from benchmarks.uda.results import (
@@ -264,7 +265,7 @@ def format_table(runs: Sequence[Kept], compared: str = "accuracy") -> str:
                 if own:
                     plain = _by_seed(runs, method, "sum", base)
                     rows.append(_row(own, plain, compared))
-    return _lay_out(rows)
+    return lay_out(rows, names=2)
 
 
 def format_layout(tasks: Mapping[str, Sequence[Kept]]) -> str:
@@ -291,7 +292,7 @@ def format_layout(tasks: Mapping[str, Sequence[Kept]]) -> str:
                 name = "-" if method == SOURCE_ONLY else rule
                 last = [_figure(_mean_of_all(one)) for one in (means, paper)]
                 rows.append((method, name, *cells, *last))
-    return _lay_out(rows)
+    return lay_out(rows, names=2)
 
 
 def _mean_of_all(values: Sequence[float | None]) -> float | None:
@@ -301,19 +302,6 @@ def _mean_of_all(values: Sequence[float | None]) -> float | None:
 
 def _figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
-
-
-def _lay_out(rows: Sequence[Sequence[str]]) -> str:
-    """Names to the left, numbers to the right, a line below the head."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if place < 2 else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
 def describe_oracle(runs: Sequence[Run]) -> str:

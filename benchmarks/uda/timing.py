@@ -4,7 +4,6 @@
 """
 
 import argparse
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import cycle
@@ -14,8 +13,9 @@ import torch
 from torch import nn
 from torch.optim import SGD
 
-from benchmarks.options import positive
-from benchmarks.uda.data import DEMO, LARGE, SIZE, Batch, Task, batches, load_task
+from benchmarks.common.clock import cpu_seconds
+from benchmarks.common.options import positive
+from benchmarks.uda.data import DEMO, LARGE, SIZE, Task, batches, load_task
 from benchmarks.uda.methods import Losses
 from benchmarks.uda.networks import build_networks
 from benchmarks.uda.steps import ALL_METHODS, SOURCE_ONLY, Config, Step, make_step
@@ -123,7 +123,8 @@ def time_ratios(
     seconds = []
     for _ in range(config.steps):
         batch = next(stream)
-        seconds.append([_seconds(step, batch) for step in steps])
+        # Halfway through a training: the gradient's reversal is warm.
+        seconds.append([cpu_seconds(partial(step, batch, 0.5)) for step in steps])
     kept = seconds[WARM_UPS:]
     ratios = {
         name: median(row[place] / row[0] for row in kept)
@@ -136,12 +137,6 @@ def _step(config: Config, make_update: MakeUpdate) -> Step:
     return make_step(
         config, build_networks(config.method, config.seed, config.size), make_update
     )
-
-
-def _seconds(step: Step, batch: Batch) -> float:
-    start = time.process_time()
-    step(batch, 0.5)  # halfway: the gradient's reversal is warm
-    return time.process_time() - start
 
 
 if __name__ == "__main__":

@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.common.table import lay_out
 from benchmarks.mtl import __main__ as command
 from benchmarks.mtl import cells, multimnist, pinn
 from benchmarks.mtl.__main__ import PROBLEMS, SEEDS, main
 from benchmarks.mtl.problem import Metric, Problem, Training, generator
 from benchmarks.mtl.rules import RULES, rules_for, torchjd_weighting
-from benchmarks.mtl.table import NOTES, compare, format_problem, layout, verdict
+from benchmarks.mtl.table import NOTES, compare, format_problem, verdict
 from benchmarks.mtl.train import (
     Conflict,
     Result,
@@ -315,7 +316,7 @@ def test_one_seed_has_no_spread() -> None:
 
 
 def test_columns_are_aligned_under_their_titles() -> None:
-    text = layout([["rule", "x"], ["a", "1.50"], ["longer", "2"]])
+    text = lay_out([["rule", "x"], ["a", "1.50"], ["longer", "2"]])
     assert text == "rule       x\n------------\na       1.50\nlonger     2"
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.common.watch import Watch, watch
 from benchmarks.speed import __main__ as command
 from benchmarks.speed import accuracy, bandwidth, measure
 from benchmarks.speed.accuracy import (
@@ -26,7 +27,6 @@ from benchmarks.speed.measure import peak_copies, spread, time_ratios
 from benchmarks.speed.methods import FLOOR, METHODS, PLAIN, TASKS, Method, Step
 from benchmarks.speed.problems import NETWORKS, Problem, make, make_pair
 from benchmarks.speed.results import TITLES, Figure, environment, format_table
-from benchmarks.speed.watch import Watch, watch
 
 CPU = torch.device("cpu")
 README = Path(command.__file__).with_name("README.md").read_text()

@@ -1,6 +1,7 @@
 """Count what a step does and keeps, exactly and without a clock."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 from weakref import WeakSet
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.speed.methods import Step
+Step: TypeAlias = Callable[[], object]
 
 
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
@@ -17,12 +18,14 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
     What an operation allocates and frees by itself is not seen.
 
     Attributes:
+        counting: whether to count; what is alive is noted always.
         operations: that torch dispatched since :meth:`restart`.
         peak: most bytes alive after any of these.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's
+        self.counting = True
         self._storages: WeakSet[torch.UntypedStorage] = WeakSet()
         self.restart()
 
@@ -38,9 +41,10 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         for tensor in tree_leaves((args, kwargs, result)):
             if isinstance(tensor, Tensor):
                 self._storages.add(tensor.untyped_storage())
-        alive = sum(storage.nbytes() for storage in self._storages)
-        self.peak = max(self.peak, alive)
-        self.operations += 1
+        if self.counting:
+            alive = sum(storage.nbytes() for storage in self._storages)
+            self.peak = max(self.peak, alive)
+            self.operations += 1
         return result
 
 

@@ -1,0 +1,1 @@
+"""What the benchmarks share: tables, clocks, watchers of what torch does, options."""
