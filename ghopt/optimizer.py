@@ -501,7 +501,10 @@ class HarmonizedOptimizer(Optimizer):
             )
         hooks = [*self._harmonize_hooks.values()]
         roles = self._roles()
+        # Those of a weighted sum were served by the weights of an earlier step.
+        is_served = progress.accumulation.is_weighed and progress.steps > 0
         outcome = finish(roles, self.weighting, progress.accumulation, hooks)
+        progress.is_measured |= is_served
         progress.note(outcome, lambda value: mean_over_ranks(value, None, roles.own))
 
     def _grads(self) -> list[Tensor]:

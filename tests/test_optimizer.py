@@ -309,6 +309,17 @@ def test_an_accumulation_between_measurements_ends_late_too() -> None:
     assert_close(made[1], made[0], rtol=0, atol=0)
 
 
+def test_late_steps_count_as_steps() -> None:
+    model, optimizer = reusing(3)
+    measured = []
+    optimizer.register_harmonize_hook(lambda found, _: measured.append(found))
+    for step in range(7):
+        optimizer.zero_grad()
+        optimizer.backward(model(*models.batch(2, step)), accumulate_only=True)
+        optimizer.step()
+        assert len(measured) == 1 + step // 3
+
+
 def test_micro_batches_must_be_of_the_same_tasks() -> None:
     _, optimizer, losses = step_input(3)
     optimizer.backward(losses[:2], retain_graph=True, accumulate_only=True)
