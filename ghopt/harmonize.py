@@ -222,13 +222,14 @@ def run(
         reusable: gives weights that serve once more, in a single pass.
         hooks: called with what was found, before the gradients are combined.
     """
-    # By identity: a compiled module cannot say whether it is true.
+    # Compared by identity: ``bool()`` of a compiled module raises.
     group = None if options.sync_group is False else options.sync_group
     if group is not None:
         process_group(group)
     roles = roles._replace(outside=also_trained(models_of(group), roles.own))
     with together(None if options.accumulate_only else group) as ranks:
-        with failing_together(roles.own):
+        # Ranks of a group are told by ``together``.
+        with failing_together(roles.own if ranks is ALONE else []):
             named, reused = _losses_of_passes(
                 losses, roles, options, accumulation, reusable
             )

@@ -10,8 +10,8 @@ _T = TypeVar("_T")
 def living(kind: type[_T]) -> list[_T]:
     """Search the process for the objects of a class.
 
-    Takes as long as Python's garbage collection, some ten milliseconds. ``gc.freeze`` hides
-    objects from it.
+    Takes as long as Python's garbage collection, some ten milliseconds. Objects that
+    ``gc.freeze`` has hidden are not found.
     """
     # Of the type: an object may lie about its class, or warn when asked for it.
     return [found for found in gc.get_objects() if issubclass(type(found), kind)]

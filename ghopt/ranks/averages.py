@@ -70,11 +70,15 @@ ALONE = Alone()
 class Ranks:
     """One synchronised ``backward``: what this rank tells the others, and hears.
 
-    The messages, the same and in the same order on every rank: one about the tasks and
-    parameters; then for each average one about which parameters have a gradient, two
-    bytes each, and the gradients; one at the end, and the weights. A rank that fails
-    says so in one that is about something, so that the others fail with it instead of
-    waiting.
+    All ranks send the same messages in the same order:
+
+    * one that tells the tasks and the parameters;
+    * for each average one that tells which parameters have a gradient, two bytes each,
+      and then the gradients;
+    * one at the end, and the weights.
+
+    A rank that fails says so in its next message, but for gradients. So the others fail,
+    too, and do not wait.
 
     Args:
         group: the ranks.
@@ -183,7 +187,8 @@ class Ranks:
             ends = [self._start(gradients, pack) for pack in _packs(dense_ones)]
             ends += [self._start_sparse(gradients, p) for p in sparse_ones]
         except Exception:
-            self._expected.clear()  # the others wait for gradients, not for words
+            # The others wait for gradients now, in which no failure can be told.
+            self._expected.clear()
             raise
 
         @torch.no_grad()
