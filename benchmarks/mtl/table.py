@@ -5,10 +5,14 @@ from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 from typing import NamedTuple
 
+from benchmarks.common.statistics import (
+    FEWEST_SEEDS,
+    Difference,
+    paired_difference,
+)
 from benchmarks.common.table import lay_out
 from benchmarks.mtl.problem import Metric, Problem
 from benchmarks.mtl.train import Result
-from benchmarks.uda.results import FEWEST_SEEDS, Difference, paired_difference
 
 NOTES = """\
 Metrics: after the last step, mean +- standard deviation over the seeds.

@@ -29,6 +29,7 @@ from benchmarks.uda.image_lists import DATA_SETS, Domain, Task, load_task
 from benchmarks.uda.images import CROP, batches, normalize, ordered_batches
 from benchmarks.uda.networks import Networks
 from benchmarks.uda.options import add_device, add_trade_offs
+from benchmarks.uda.paper_table import format_table
 from benchmarks.uda.results import (
     Kept,
     Row,
@@ -38,8 +39,8 @@ from benchmarks.uda.results import (
     read_runs,
 )
 from benchmarks.uda.rules import ALL_RULES
+from benchmarks.uda.runs import make_configs
 from benchmarks.uda.steps import ALL_METHODS, SOURCE_ONLY, Config, make_step
-from benchmarks.uda.table3 import format_table, make_configs
 from benchmarks.uda.updates import Harmonized, Record, to_row
 
 # Those of CDAN (Long et al., 2018), whose backbone has a rate of 0.001, and whose code takes

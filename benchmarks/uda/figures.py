@@ -29,8 +29,8 @@ from benchmarks.uda.plots import SHOWN, draw_all, draw_watched
 from benchmarks.uda.pool import finished
 from benchmarks.uda.results import Balance, Points, Watched, append_line, read_runs
 from benchmarks.uda.rules import FLIPS, LAMBDAS, RULES
+from benchmarks.uda.runs import key_of
 from benchmarks.uda.steps import ALL_METHODS, SOURCE_ONLY, Config
-from benchmarks.uda.table3 import key_of
 from benchmarks.uda.train import run
 
 DEFAULT_METHODS = ("CDAN+E", "MCD")

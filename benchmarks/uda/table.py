@@ -4,15 +4,17 @@ import math
 from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 
-from benchmarks.common.table import lay_out
-from benchmarks.uda.results import (
+from benchmarks.common.statistics import (
     FEWEST_SEEDS,
     Difference,
+    paired_difference,
+)
+from benchmarks.common.table import lay_out
+from benchmarks.uda.results import (
     Result,
     cosines,
     norm_ratios,
     obtuse_share,
-    paired_difference,
     pool,
     select,
 )

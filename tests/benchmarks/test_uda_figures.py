@@ -38,8 +38,8 @@ from benchmarks.uda.plots import (
 )
 from benchmarks.uda.results import Points, Watched, append_line, read_runs
 from benchmarks.uda.rules import ALL_RULES, FLIPS, LAMBDAS, RULES, find_rule
+from benchmarks.uda.runs import key_of
 from benchmarks.uda.steps import Config
-from benchmarks.uda.table3 import key_of
 from benchmarks.uda.train import run
 
 CONFIG = Config("noise-noise", "CDAN+E", "gh", seed=0, steps=4, batch_size=8)

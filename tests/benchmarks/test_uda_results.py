@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import SGD
 
 import ghopt
+from benchmarks.common.statistics import paired_difference
 from benchmarks.uda import plots, timing, train
 from benchmarks.uda.__main__ import main, make_configs
 from benchmarks.uda.data import Task, batches
@@ -23,7 +24,6 @@ from benchmarks.uda.results import (
     cosines,
     norm_ratios,
     obtuse_share,
-    paired_difference,
     read_results,
     write_results,
 )

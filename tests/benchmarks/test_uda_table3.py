@@ -12,26 +12,20 @@ from statistics import NormalDist, mean, median
 import pytest
 import torch
 
-from benchmarks.uda import table3
+from benchmarks.common.statistics import interval
+from benchmarks.uda import paper_table, table3
 from benchmarks.uda.data import SHA256, Task
-from benchmarks.uda.results import Result, append_line, hash_of, read_runs
-from benchmarks.uda.rules import ALL_RULES
-from benchmarks.uda.steps import ALL_METHODS, REVISIONS, Config
-from benchmarks.uda.table3 import (
-    BATCH,
+from benchmarks.uda.paper_table import (
     PAPER,
-    RATE,
-    Run,
     describe_oracle,
     format_layout,
     format_table,
-    interval,
-    key_of,
-    main,
-    make_configs,
-    summarize,
-    train,
 )
+from benchmarks.uda.results import Result, append_line, hash_of, read_runs
+from benchmarks.uda.rules import ALL_RULES
+from benchmarks.uda.runs import Run, key_of, make_configs, summarize
+from benchmarks.uda.steps import ALL_METHODS, REVISIONS, Config
+from benchmarks.uda.table3 import BATCH, RATE, main, train
 from benchmarks.uda.train import run
 
 CONFIG = Config("usps-mnist", "DANN", "sum", seed=0, steps=7, batch_size=8)
@@ -560,7 +554,7 @@ def test_the_readme_s_tables_are_those_of_the_committed_runs(
     assert len(COMMANDS) == 3
     arguments, table = COMMANDS[place]
     # Which take a second a table, and hang on SciPy's way to draw.
-    monkeypatch.setattr(table3, "interval", lambda _: (-math.inf, math.inf))
+    monkeypatch.setattr(paper_table, "interval", lambda _: (-math.inf, math.inf))
     main(arguments.split())
     expected = words(table)
     assert len(expected) > 10
