@@ -14,8 +14,10 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.common.environment import environment
 from benchmarks.common.options import positive
-from benchmarks.mtl import (
+from benchmarks.mtl.problem import Problem
+from benchmarks.mtl.problems import (
     adversarial,
     cells,
     detection,
@@ -23,11 +25,9 @@ from benchmarks.mtl import (
     pinn,
     retrieval,
 )
-from benchmarks.mtl.problem import Problem
 from benchmarks.mtl.rules import RULES, rules_for
 from benchmarks.mtl.table import NOTES, Compared, compare, format_problem, verdict
 from benchmarks.mtl.train import Result, run, time_ratio
-from benchmarks.speed.results import environment
 
 PROBLEMS = {
     problem.name: problem

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.common.environment import environment
 from benchmarks.common.options import positive
 from benchmarks.speed.accuracy import direction_errors, gramian_errors, update_errors
 from benchmarks.speed.bandwidth import bandwidths
@@ -22,7 +23,6 @@ from benchmarks.speed.problems import NETWORKS
 from benchmarks.speed.results import (
     TITLES,
     Figure,
-    environment,
     format_notes,
     format_table,
 )

@@ -1,21 +1,13 @@
 """Figures of the benchmark, and how they are laid out."""
 
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import TypeVar
-
-import torch
 
 from benchmarks.common.table import lay_out
 from benchmarks.speed.methods import METHODS
 
 T = TypeVar("T")
-
-PEERS = ("torchjd", "pytorch_optimizer", "conflictfree")
 
 TITLES = {
     "time": "step time over that of the floor: median (quartiles) of the rounds",
@@ -92,20 +84,6 @@ def format_notes(rows: Sequence[str]) -> str:
     return "\n".join(f"{name}: {note}." for name, note in notes)
 
 
-def environment(device: torch.device) -> dict[str, str]:
-    """Name the machine and the versions that the figures hold for."""
-    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    packages = {peer: _version(peer) for peer in PEERS}
-    return {
-        "date": datetime.now(UTC).date().isoformat(),
-        "device": chip,
-        "threads": str(torch.get_num_threads()),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        **packages,
-    }
-
-
 def _cell(figure: Figure | None, errors: Sequence[str]) -> str:
     if figure is None:
         return "-"
@@ -115,18 +93,3 @@ def _cell(figure: Figure | None, errors: Sequence[str]) -> str:
     if figure.low is None or figure.high is None:
         return format(figure.value, digits)
     return f"{figure.value:.2f} ({figure.low:.2f}-{figure.high:.2f})"
-
-
-def _processor() -> str:
-    """Name the processor; platform does not know it on Linux."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
-    return names[0] if names else platform.processor()
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "missing"

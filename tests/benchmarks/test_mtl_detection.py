@@ -13,8 +13,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
-from benchmarks.mtl import detection, shapes
-from benchmarks.mtl.average_precision import (
+from benchmarks.mtl.problem import Training, generator
+from benchmarks.mtl.problems import detection, shapes
+from benchmarks.mtl.problems.average_precision import (
     Detections,
     Truths,
     average_precisions,
@@ -22,8 +23,7 @@ from benchmarks.mtl.average_precision import (
     interpolated,
     iou,
 )
-from benchmarks.mtl.problem import Training, generator
-from benchmarks.mtl.shapes import Coco, Labels, Scene, Shape
+from benchmarks.mtl.problems.shapes import Coco, Labels, Scene, Shape
 from benchmarks.mtl.train import run
 
 

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.mtl import adversarial, cells, multimnist, pinn
 from benchmarks.mtl.__main__ import PROBLEMS
-from benchmarks.mtl.digits import digits
 from benchmarks.mtl.problem import Problem, Training, accuracy, generator, lenet
+from benchmarks.mtl.problems import adversarial, cells, multimnist, pinn
+from benchmarks.mtl.problems.digits import digits
 from benchmarks.uda.data import Split, Task
 from ghopt import HarmonizedOptimizer, gh
 
@@ -107,7 +107,7 @@ def test_digits_are_split_with_mixed_classes_and_none_on_both_sides(
     images[:, 0, 1, 1] = labels / 5 - 1
     none = Split(images[:0], labels[:0])
     task = Task("a-b", Split(images, labels), images[:0], none)
-    monkeypatch.setattr("benchmarks.mtl.digits.load_task", lambda _: task)
+    monkeypatch.setattr("benchmarks.mtl.problems.digits.load_task", lambda _: task)
     train, test = digits.__wrapped__()
     assert train.images.shape == (4000, 1, 16, 16)
     assert test.images.shape == (1000, 1, 16, 16)

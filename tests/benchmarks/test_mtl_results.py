@@ -13,9 +13,9 @@ from torch import Tensor
 
 from benchmarks.common.table import lay_out
 from benchmarks.mtl import __main__ as command
-from benchmarks.mtl import cells, multimnist, pinn
 from benchmarks.mtl.__main__ import PROBLEMS, SEEDS, main
 from benchmarks.mtl.problem import Metric, Problem, Training, generator
+from benchmarks.mtl.problems import cells, multimnist, pinn
 from benchmarks.mtl.rules import RULES, rules_for, torchjd_weighting
 from benchmarks.mtl.table import NOTES, compare, format_problem, verdict
 from benchmarks.mtl.train import (

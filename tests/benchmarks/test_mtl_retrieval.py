@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.mtl import retrieval, shapes
 from benchmarks.mtl.problem import Training, generator
-from benchmarks.mtl.shapes import Labels
+from benchmarks.mtl.problems import retrieval, shapes
+from benchmarks.mtl.problems.shapes import Labels
 from benchmarks.mtl.train import run
 
 

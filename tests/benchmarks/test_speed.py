@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.common.environment import environment
 from benchmarks.common.watch import Watch, watch
 from benchmarks.speed import __main__ as command
 from benchmarks.speed import accuracy, bandwidth, measure
@@ -26,7 +27,7 @@ from benchmarks.speed.bandwidth import bandwidths, harmonize
 from benchmarks.speed.measure import peak_copies, spread, time_ratios
 from benchmarks.speed.methods import FLOOR, METHODS, PLAIN, TASKS, Method, Step
 from benchmarks.speed.problems import NETWORKS, Problem, make, make_pair
-from benchmarks.speed.results import TITLES, Figure, environment, format_table
+from benchmarks.speed.results import TITLES, Figure, format_table
 
 CPU = torch.device("cpu")
 README = Path(command.__file__).with_name("README.md").read_text()
@@ -521,11 +522,8 @@ def test_a_number_of_rounds_below_one_is_refused(
     assert "must be at least 1" in capsys.readouterr().err
 
 
-def test_a_missing_peer_is_named_in_the_environment(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("benchmarks.speed.results.PEERS", ("torchjd", "no-such-peer"))
-    around = environment(CPU)
+def test_a_missing_peer_is_named_in_the_environment() -> None:
+    around = environment(CPU, ("torchjd", "no-such-peer"))
     assert around["no-such-peer"] == "missing"
     assert re.fullmatch(r"[\d.]+", around["torchjd"])
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Optimizer
 from torch.testing import assert_close
 
-from benchmarks.mtl import pinn
 from benchmarks.mtl.problem import Training
+from benchmarks.mtl.problems import pinn
 from ghopt import HarmonizedOptimizer
 from tests import bases, models
 from tests.bases import BASES, SAM, Base

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.mtl.digits import digits
 from benchmarks.mtl.problem import (
     Batch,
     Metric,
@@ -21,6 +20,7 @@ from benchmarks.mtl.problem import (
     generator,
     lenet,
 )
+from benchmarks.mtl.problems.digits import digits
 from benchmarks.uda.data import Split
 
 CANVAS = 20

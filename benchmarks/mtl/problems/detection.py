@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.mtl.average_precision import (
+from benchmarks.mtl.problem import Batch, Metric, Problem, Training, generator
+from benchmarks.mtl.problems.average_precision import (
     Detections,
     Truths,
     average_precisions,
     iou,
 )
-from benchmarks.mtl.problem import Batch, Metric, Problem, Training, generator
-from benchmarks.mtl.shapes import CATEGORIES, SIDE, Labels, read_coco, shapes
+from benchmarks.mtl.problems.shapes import CATEGORIES, SIDE, Labels, read_coco, shapes
 
 STRIDE = 4
 CELLS = SIDE // STRIDE

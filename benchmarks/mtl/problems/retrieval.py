@@ -13,9 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.mtl.detection import make_layer
 from benchmarks.mtl.problem import Batch, Metric, Problem, Training, generator
-from benchmarks.mtl.shapes import CATEGORIES, MOST, SIDE, Labels, read_coco, shapes
+from benchmarks.mtl.problems.detection import make_layer
+from benchmarks.mtl.problems.shapes import (
+    CATEGORIES,
+    MOST,
+    SIDE,
+    Labels,
+    read_coco,
+    shapes,
+)
 
 SIZES = {"small": 0, "medium": 12, "large": 16}  # from how many pixels on
 # Index 0 is where there is no word.
