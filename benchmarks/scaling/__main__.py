@@ -1,10 +1,9 @@
-"""Print the cost model of a harmonized step on many GPUs, or check what it counts."""
+"""Print what a harmonized step sends and keeps on many GPUs, or check it on a few."""
 
 import argparse
 from collections.abc import Sequence
 
 from benchmarks.scaling.check import check, format_lines
-from benchmarks.scaling.model import Hardware
 from benchmarks.scaling.table import format_tables
 
 
@@ -30,14 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="N",
         help="numbers of ranks for --check (default: 2 4)",
     )
-    parser.add_argument(
-        "--fused",
-        action="store_true",
-        help="in the tables, Gramian and combination by kernels instead of torch",
-    )
     options = parser.parse_args(arguments)
     if not options.check:
-        print(format_tables(Hardware(fused=options.fused)))
+        print(format_tables())
         return 0
     lines = check(options.ranks)
     wrong = sum(not line.agrees for line in lines)

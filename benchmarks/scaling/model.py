@@ -1,44 +1,11 @@
-"""Cost of one training step on many GPUs, plain and harmonized: the formulas.
+"""What one training step sends and keeps on many GPUs, plain and harmonized: formulas.
 
-Seconds, bytes and counts; README.md derives every formula and names the source of every
-input. A *plain* step sums the losses and runs one backward pass. A harmonized step of
-one task runs one pass too and moves and keeps as much, but it hides less of its
-communication under DDP, and it computes the Gramian.
+Bytes and counts; README.md derives every formula and names the source of every input. A
+*plain* step sums the losses and runs one backward pass. A harmonized step of one task
+runs one pass too, and sends and keeps as much.
 """
 
 from dataclasses import dataclass
-from math import ceil, log2
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """One GPU of a cluster and its links; by default of DGX H100 nodes.
-
-    Attributes:
-        flops: peak of dense bfloat16 products.
-        utilisation: share of the peak that the passes reach while nothing waits.
-        memory: capacity.
-        memory_bandwidth: peak.
-        node: GPUs in a node.
-        link: peak bandwidth of a GPU within its node, each way.
-        network: peak bandwidth of a GPU between nodes, each way.
-        efficiency: share of the three bandwidths that is reached.
-        ring: latency of a ring: at its start, of a step within a node, between nodes.
-        tree: the same of a tree.
-        fused: Gramian and combination run in kernels that read each gradient once.
-    """
-
-    flops: float = 989.4e12
-    utilisation: float = 0.5
-    memory: float = 80e9
-    memory_bandwidth: float = 3.35e12
-    node: int = 8
-    link: float = 450e9
-    network: float = 50e9
-    efficiency: float = 0.8
-    ring: tuple[float, float, float] = (10e-6, 1.9e-6, 4.0e-6)
-    tree: tuple[float, float, float] = (4.4e-6, 1.2e-6, 8.5e-6)
-    fused: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,28 +29,6 @@ class Network:
     tokens: int = 4096
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What one step takes on one GPU.
-
-    Attributes:
-        memory: at its peak.
-        sent: bytes that the GPU sends, and receives.
-        compute: seconds of the passes, the combination and the optimizer.
-        exposed: seconds of communication during which nothing is computed.
-    """
-
-    memory: float
-    sent: float
-    compute: float
-    exposed: float
-
-    @property
-    def time(self) -> float:
-        """Seconds of the step."""
-        return self.compute + self.exposed
-
-
 NETWORKS = (
     Network("1B", 1.10e9, 22, 2048),
     Network("7B", 6.74e9, 32, 4096),
@@ -94,9 +39,6 @@ NETWORKS = (
 # Bytes per parameter: float32 master weights, two float32 moments of AdamW, float32
 # gradients, the bfloat16 copy that the products read.
 MASTER, MOMENTS, GRADIENT, HALF = 4, 8, 4, 2
-# Bytes that fused AdamW moves per parameter: weight and moments in and out, gradient in.
-ADAMW = 28
-BUCKET = 25 * 2**20  # DDP's default
 
 
 def passes(tasks: int, *, recompute: bool = False) -> int:
@@ -106,16 +48,6 @@ def passes(tasks: int, *, recompute: bool = False) -> int:
     more where activations are computed again.
     """
     return 1 + tasks * (3 if recompute else 2)
-
-
-def harmonizing(tasks: int, *, fused: bool = False) -> int:
-    """Count the bytes that Gramian and combination move per float32 parameter.
-
-    With the operations of torch a gradient is copied to float64 for the Gramian (4 bytes
-    read, 8 written) and multiplied (8 read), then scaled (8) and, but for the first,
-    added (12). Fused kernels would read every gradient twice and write one.
-    """
-    return 4 * (2 * tasks + 1) if fused else 20 * tasks + 8 * tasks + 12 * (tasks - 1)
 
 
 def reduced(world: int, size: float) -> float:
@@ -238,138 +170,30 @@ def ddp_copies(tasks: int, *, bucket_view: bool = False) -> int:
     return tasks + 1 if tasks else 2 - bucket_view
 
 
-def bandwidth(hardware: Hardware, world: int) -> float:
-    """Bus bandwidth: bytes a rank sends per second in a large collective.
-
-    Between nodes all GPUs of a node send through the network at once, on rings that
-    enter and leave the node at different ones, but through one link inside.
-    """
-    between = hardware.node * hardware.network
-    peak = hardware.link if world <= hardware.node else min(hardware.link, between)
-    return hardware.efficiency * peak
-
-
-def ring_latency(hardware: Hardware, world: int) -> float:
-    """Latency of one all-gather or reduce-scatter: once around the ring."""
-    start, inside, between = hardware.ring
-    hops = ceil(world / hardware.node) - 1
-    return start + (world - 1 - hops) * inside + hops * between
-
-
-def reduce_latency(hardware: Hardware, world: int) -> float:
-    """Latency of one all-reduce: twice around the ring, or up and down a tree."""
-    start, inside, between = hardware.tree
-    nodes = ceil(world / hardware.node)
-    steps = min(world, hardware.node) - 1
-    tree = start + 2 * (steps * inside + log2(nodes) * between)
-    return min(tree, 2 * ring_latency(hardware, world) - hardware.ring[0])
-
-
-def ddp_exposed(tasks: int, backward: float, reduction: float) -> float:
-    """Seconds that nothing is computed under DDP while task gradients are reduced.
-
-    The all-reduce of a task starts when its pass has ended and the one before it too:
-    the last is exposed, and of each other what is longer than a pass.
-
-    Args:
-        tasks: K.
-        backward: seconds of one backward pass.
-        reduction: seconds of the all-reduce of one task.
-    """
-    return reduction + (tasks - 1) * max(0.0, reduction - backward)
-
-
-def ddp(hardware: Hardware, network: Network, world: int, tasks: int) -> Cost:
-    """Cost under DDP with autocast; ``tasks`` = 0 is the plain step."""
+def ddp_memory(network: Network, tasks: int) -> float:
+    """Bytes at the peak under DDP with autocast; 0 tasks: the plain step."""
     gradients = GRADIENT * network.parameters
-    runs = max(tasks, 1)
-    forward = _forward_time(hardware, network)
-    backward = forward * (passes(1, recompute=network.recompute) - 1)
-    latency = reduce_latency(hardware, world)
-    speed = bandwidth(hardware, world)
-    reduction = reduced(world, gradients) / speed
-    if tasks:
-        # Large tensors go by themselves: seven in a block, the two embeddings, and a
-        # bucket of all norms. A header goes once, a mask with every task.
-        alone = 7 * network.layers + 2
-        reduction += (alone + 1) * latency
-        exposed = ddp_exposed(tasks, backward, reduction) + (1 + tasks) * latency
-    else:
-        # DDP reduces during the pass; only the last bucket cannot begin before its end.
-        reduction += ceil(gradients / BUCKET) * latency
-        bucket = reduced(world, BUCKET) / speed + latency
-        exposed = max(bucket, reduction - backward)
     live = HALF * network.parameters + _activations(network)
-    return Cost(
-        memory=(MASTER + MOMENTS) * network.parameters
-        + (ddp_copies(tasks) - 1) * gradients
-        + max(live, gradients),
-        sent=ddp_sent(world, runs, gradients),
-        compute=_compute_time(hardware, network, tasks, network.parameters),
-        exposed=exposed,
-    )
+    state = (MASTER + MOMENTS) * network.parameters
+    return state + (ddp_copies(tasks) - 1) * gradients + max(live, gradients)
 
 
-def fsdp(
-    hardware: Hardware,
-    network: Network,
-    world: int,
-    tasks: int,
-    *,
-    keep: bool = False,
-) -> Cost:
-    """Cost under FSDP2, each block sharded over all GPUs; ``tasks`` = 0 is plain.
+def shard_memory(
+    network: Network, world: int, tasks: int, *, keep: bool = False
+) -> float:
+    """Bytes at the peak under FSDP2, each block sharded over all GPUs; 0 tasks: plain.
 
     Parameters are gathered in bfloat16, gradients reduced in float32.
     """
-    shard = network.parameters / world
-    gathered = HALF * network.parameters
-    gradients = GRADIENT * network.parameters
-    runs = max(tasks, 1)
-    forward = _forward_time(hardware, network)
-    backward = forward * (passes(1, recompute=network.recompute) - 1)
-    block, latency = 1 / network.layers, ring_latency(hardware, world)
-    speed = bandwidth(hardware, world)
-    gather = scattered(world, gathered) / speed + network.layers * latency
-    scatter = scattered(world, gradients) / speed + network.layers * latency
-    exposed = max(gather * block, gather - forward)
-    for run in range(runs):
-        before = 0.0 if keep and run else gather
-        # The first gather and the last reduce-scatter have nothing to hide behind.
-        exposed += max((before + scatter) * block, before + scatter - backward)
-    if tasks:
-        exposed += reduce_latency(hardware, world)  # of the Gramian
-    return Cost(
-        memory=(MASTER + MOMENTS) * shard
-        + fsdp_memory(
-            world,
-            runs,
-            gathered,
-            gradients,
-            network.layers,
-            keep=keep,
-            activations=_activations(network),
-        ),
-        sent=fsdp_sent(world, runs, gathered, gradients, keep=keep),
-        compute=_compute_time(hardware, network, tasks, shard),
-        exposed=exposed,
+    return (MASTER + MOMENTS) * network.parameters / world + fsdp_memory(
+        world,
+        max(tasks, 1),
+        HALF * network.parameters,
+        GRADIENT * network.parameters,
+        network.layers,
+        keep=keep,
+        activations=_activations(network),
     )
-
-
-def _forward_time(hardware: Hardware, network: Network) -> float:
-    """Seconds of a forward pass: a product and a sum per parameter and token."""
-    work = 2 * network.parameters * network.tokens
-    return work / (hardware.flops * hardware.utilisation)
-
-
-def _compute_time(
-    hardware: Hardware, network: Network, tasks: int, held: float
-) -> float:
-    """Seconds of the passes, and of what reads the ``held`` parameters' gradients."""
-    runs = passes(max(tasks, 1), recompute=network.recompute)
-    moved = held * (ADAMW + (harmonizing(tasks, fused=hardware.fused) if tasks else 0))
-    speed = hardware.efficiency * hardware.memory_bandwidth
-    return runs * _forward_time(hardware, network) + moved / speed
 
 
 def _activations(network: Network) -> float:
