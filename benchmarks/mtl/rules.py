@@ -13,7 +13,7 @@ from functools import partial
 from torch import Tensor
 
 import ghopt
-from benchmarks.uda.rules import sum_weights
+from benchmarks.uda.methods.rules import sum_weights
 from ghopt import Weighting
 
 

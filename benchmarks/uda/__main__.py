@@ -11,12 +11,12 @@ from pathlib import Path
 from benchmarks.common.extra import bench_extra
 from benchmarks.common.options import positive
 from benchmarks.uda.data import load_task
+from benchmarks.uda.methods.rules import RULES
+from benchmarks.uda.methods.steps import METHODS, SOURCE_ONLY, Config
 from benchmarks.uda.options import DEMO_STEPS, REAL_STEPS, add_task, find_task
 from benchmarks.uda.plots import draw_all
 from benchmarks.uda.pool import run_all
 from benchmarks.uda.results import write_results
-from benchmarks.uda.rules import RULES
-from benchmarks.uda.steps import METHODS, SOURCE_ONLY, Config
 from benchmarks.uda.table import format_notes, format_table, verdict
 
 

@@ -18,16 +18,19 @@ from torch import nn
 
 from benchmarks.common.extra import bench_extra
 from benchmarks.common.options import positive, whole
-from benchmarks.uda.backbones import (
+from benchmarks.uda.data import Batch
+from benchmarks.uda.data.image_lists import DATA_SETS, Domain, Task, load_task
+from benchmarks.uda.data.images import CROP, batches, normalize, ordered_batches
+from benchmarks.uda.methods.backbones import (
     BACKBONES,
     build_networks,
     digest_of,
     load_backbone,
 )
-from benchmarks.uda.data import Batch
-from benchmarks.uda.image_lists import DATA_SETS, Domain, Task, load_task
-from benchmarks.uda.images import CROP, batches, normalize, ordered_batches
-from benchmarks.uda.networks import Networks
+from benchmarks.uda.methods.networks import Networks
+from benchmarks.uda.methods.rules import ALL_RULES
+from benchmarks.uda.methods.steps import ALL_METHODS, SOURCE_ONLY, Config, make_step
+from benchmarks.uda.methods.updates import Harmonized, Record, to_row
 from benchmarks.uda.options import add_device, add_trade_offs
 from benchmarks.uda.paper_table import format_table
 from benchmarks.uda.results import (
@@ -38,10 +41,7 @@ from benchmarks.uda.results import (
     hash_of,
     read_runs,
 )
-from benchmarks.uda.rules import ALL_RULES
 from benchmarks.uda.runs import make_configs
-from benchmarks.uda.steps import ALL_METHODS, SOURCE_ONLY, Config, make_step
-from benchmarks.uda.updates import Harmonized, Record, to_row
 
 # Those of CDAN (Long et al., 2018), whose backbone has a rate of 0.001, and whose code takes
 # 50 004 steps.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common.extra import bench_extra
-from benchmarks.uda.networks import Networks
+from benchmarks.uda.methods.networks import Networks
 
 
 class Seen(NamedTuple):

@@ -23,14 +23,14 @@ from benchmarks.uda.features import (
     sample_rows,
     see,
 )
-from benchmarks.uda.networks import CLASSES, Networks
+from benchmarks.uda.methods.networks import CLASSES, Networks
+from benchmarks.uda.methods.rules import FLIPS, LAMBDAS, RULES
+from benchmarks.uda.methods.steps import ALL_METHODS, SOURCE_ONLY, Config
 from benchmarks.uda.options import DEMO_STEPS, REAL_STEPS, add_task, find_task
 from benchmarks.uda.plots import SHOWN, draw_all, draw_watched
 from benchmarks.uda.pool import finished
 from benchmarks.uda.results import Balance, Points, Watched, append_line, read_runs
-from benchmarks.uda.rules import FLIPS, LAMBDAS, RULES
 from benchmarks.uda.runs import key_of
-from benchmarks.uda.steps import ALL_METHODS, SOURCE_ONLY, Config
 from benchmarks.uda.train import run
 
 DEFAULT_METHODS = ("CDAN+E", "MCD")

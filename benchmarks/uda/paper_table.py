@@ -6,10 +6,10 @@ from statistics import mean, median, stdev
 
 from benchmarks.common.statistics import interval
 from benchmarks.common.table import lay_out
+from benchmarks.uda.methods.rules import ALL_RULES, FLIPS
+from benchmarks.uda.methods.steps import ALL_METHODS, SOURCE_ONLY
 from benchmarks.uda.results import Kept
-from benchmarks.uda.rules import ALL_RULES, FLIPS
 from benchmarks.uda.runs import Run
-from benchmarks.uda.steps import ALL_METHODS, SOURCE_ONLY
 
 PAPER = {
     ("mnist-usps", "CDAN+E"): {"sum": 95.6, "gh": 96.8, "ghpp": 96.5},

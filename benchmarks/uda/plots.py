@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.common.extra import bench_extra
-from benchmarks.uda.networks import CLASSES
+from benchmarks.uda.methods.networks import CLASSES
+from benchmarks.uda.methods.rules import FLIPS, LAMBDAS, RULES
+from benchmarks.uda.methods.steps import SOURCE_ONLY
 from benchmarks.uda.results import (
     Result,
     Row,
@@ -26,8 +28,6 @@ from benchmarks.uda.results import (
     read_results,
     select,
 )
-from benchmarks.uda.rules import FLIPS, LAMBDAS, RULES
-from benchmarks.uda.steps import SOURCE_ONLY
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,9 +11,9 @@ import torch
 
 from benchmarks.common.extra import bench_extra
 from benchmarks.uda.data import Task
+from benchmarks.uda.methods.rules import RULES
+from benchmarks.uda.methods.steps import SOURCE_ONLY, Config
 from benchmarks.uda.results import Result
-from benchmarks.uda.rules import RULES
-from benchmarks.uda.steps import SOURCE_ONLY, Config
 from benchmarks.uda.table import Ratios
 from benchmarks.uda.timing import ROUNDS, harmonized, time_ratios
 from benchmarks.uda.train import run

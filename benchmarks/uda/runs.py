@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from benchmarks.uda.data import SHA256
+from benchmarks.uda.methods.steps import SOURCE_ONLY, Config
 from benchmarks.uda.results import Kept, Result, angles, hash_of, obtuse_share
-from benchmarks.uda.steps import SOURCE_ONLY, Config
 
 CPU = torch.device("cpu")
 

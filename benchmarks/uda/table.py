@@ -10,6 +10,7 @@ from benchmarks.common.statistics import (
     paired_difference,
 )
 from benchmarks.common.table import lay_out
+from benchmarks.uda.methods.rules import RULES
 from benchmarks.uda.results import (
     Result,
     cosines,
@@ -18,7 +19,6 @@ from benchmarks.uda.results import (
     pool,
     select,
 )
-from benchmarks.uda.rules import RULES
 
 COLUMNS = (
     "method",

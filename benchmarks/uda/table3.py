@@ -13,6 +13,8 @@ from tempfile import TemporaryDirectory
 from benchmarks.common.extra import bench_extra
 from benchmarks.common.options import positive
 from benchmarks.uda.data import DEMO, LARGE, REAL, SIZE, Task, load_task
+from benchmarks.uda.methods.rules import ALL_RULES, FLIPS
+from benchmarks.uda.methods.steps import ALL_METHODS, SOURCE_ONLY, Config
 from benchmarks.uda.options import add_data, add_device, add_trade_offs
 from benchmarks.uda.paper_table import (
     COMPARED,
@@ -26,9 +28,7 @@ from benchmarks.uda.results import (
     append_line,
     read_runs,
 )
-from benchmarks.uda.rules import ALL_RULES, FLIPS
 from benchmarks.uda.runs import Run, key_of, make_configs, summarize
-from benchmarks.uda.steps import ALL_METHODS, SOURCE_ONLY, Config
 from benchmarks.uda.train import run
 
 STORE = Path(__file__).with_name("table3.jsonl")

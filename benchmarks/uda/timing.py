@@ -17,9 +17,15 @@ from benchmarks.common.clock import cpu_seconds
 from benchmarks.common.options import positive
 from benchmarks.uda.data import DEMO, LARGE, SIZE, Task, batches, load_task
 from benchmarks.uda.methods import Losses
-from benchmarks.uda.networks import build_networks
-from benchmarks.uda.steps import ALL_METHODS, SOURCE_ONLY, Config, Step, make_step
-from benchmarks.uda.updates import (
+from benchmarks.uda.methods.networks import build_networks
+from benchmarks.uda.methods.steps import (
+    ALL_METHODS,
+    SOURCE_ONLY,
+    Config,
+    Step,
+    make_step,
+)
+from benchmarks.uda.methods.updates import (
     Harmonized,
     MakeUpdate,
     Record,

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.uda.data import Split, Task, batches
-from benchmarks.uda.networks import Networks, build_networks
+from benchmarks.uda.methods.networks import Networks, build_networks
+from benchmarks.uda.methods.rules import harmonized_gramian
+from benchmarks.uda.methods.steps import Config, make_step
+from benchmarks.uda.methods.updates import Harmonized, Record, to_row
 from benchmarks.uda.results import Result, Row
-from benchmarks.uda.rules import harmonized_gramian
-from benchmarks.uda.steps import Config, make_step
-from benchmarks.uda.updates import Harmonized, Record, to_row
 
 Observe: TypeAlias = Callable[[int, Networks], None]
 """Look at the networks at an evaluation, after so many steps."""

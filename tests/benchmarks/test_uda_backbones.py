@@ -18,7 +18,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from benchmarks.uda import adapt, backbones
+from benchmarks.uda import adapt
 from benchmarks.uda.adapt import (
     METHODS,
     Run,
@@ -28,22 +28,22 @@ from benchmarks.uda.adapt import (
     main,
     train,
 )
-from benchmarks.uda.backbones import (
+from benchmarks.uda.data import Batch
+from benchmarks.uda.data.image_lists import Domain, Task, load_task
+from benchmarks.uda.data.images import normalize
+from benchmarks.uda.methods import backbones, dann_losses
+from benchmarks.uda.methods.backbones import (
     BACKBONES,
     build_networks,
     digest_of,
     load_backbone,
 )
-from benchmarks.uda.data import Batch
-from benchmarks.uda.dwl import Balance
-from benchmarks.uda.image_lists import Domain, Task, load_task
-from benchmarks.uda.images import normalize
-from benchmarks.uda.methods import dann_losses
-from benchmarks.uda.networks import Networks
+from benchmarks.uda.methods.dwl import Balance
+from benchmarks.uda.methods.networks import Networks
+from benchmarks.uda.methods.rules import RULES
+from benchmarks.uda.methods.steps import Config, make_step
+from benchmarks.uda.methods.updates import Harmonized, Record, Update
 from benchmarks.uda.results import read_runs
-from benchmarks.uda.rules import RULES
-from benchmarks.uda.steps import Config, make_step
-from benchmarks.uda.updates import Harmonized, Record, Update
 from tests.benchmarks.modules import same, values
 
 # All but one test: the tiny networks have fewer layers than those of the names.
@@ -369,7 +369,7 @@ def test_dwl_balances_as_many_classes_as_the_data_set_has(
             told.append(classes)
             super().__init__(classes)
 
-    monkeypatch.setattr("benchmarks.uda.steps.Balance", Telling)
+    monkeypatch.setattr("benchmarks.uda.methods.steps.Balance", Telling)
     config = Config(task.name, "DWL", "sum", 0, 1, batch_size=4, evaluations=1)
     networks, backbone = build_networks("DWL", 12, 0, "resnet-50", resnet)
     train(config, task, networks, backbone, CPU)

@@ -11,17 +11,17 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from benchmarks.uda.data import Batch
-from benchmarks.uda.dwl import (
+from benchmarks.uda.methods import Losses, discrepancy
+from benchmarks.uda.methods.dwl import (
     CONFUSION,
     Balance,
     dwl_losses,
     dwl_rest_loss,
     share_of,
 )
-from benchmarks.uda.methods import Losses, discrepancy
-from benchmarks.uda.networks import Networks, build_networks
-from benchmarks.uda.steps import Config, make_step
-from benchmarks.uda.updates import Harmonized, Record, Update, plain_update
+from benchmarks.uda.methods.networks import Networks, build_networks
+from benchmarks.uda.methods.steps import Config, make_step
+from benchmarks.uda.methods.updates import Harmonized, Record, Update, plain_update
 from tests.benchmarks.modules import gradients
 
 

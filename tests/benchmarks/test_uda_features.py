@@ -17,8 +17,8 @@ from benchmarks.uda.features import (
     sample_rows,
     see,
 )
-from benchmarks.uda.networks import build_networks
-from benchmarks.uda.steps import ALL_METHODS
+from benchmarks.uda.methods.networks import build_networks
+from benchmarks.uda.methods.steps import ALL_METHODS
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

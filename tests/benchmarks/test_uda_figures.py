@@ -27,7 +27,9 @@ from benchmarks.uda.figures import (
     watch,
     whole_seeds,
 )
-from benchmarks.uda.networks import CLASSES, Networks, build_networks
+from benchmarks.uda.methods.networks import CLASSES, Networks, build_networks
+from benchmarks.uda.methods.rules import ALL_RULES, FLIPS, LAMBDAS, RULES, find_rule
+from benchmarks.uda.methods.steps import Config
 from benchmarks.uda.plots import (
     BINS,
     SHOWN,
@@ -37,9 +39,7 @@ from benchmarks.uda.plots import (
     make_watched_figures,
 )
 from benchmarks.uda.results import Points, Watched, append_line, read_runs
-from benchmarks.uda.rules import ALL_RULES, FLIPS, LAMBDAS, RULES, find_rule
 from benchmarks.uda.runs import key_of
-from benchmarks.uda.steps import Config
 from benchmarks.uda.train import run
 
 CONFIG = Config("noise-noise", "CDAN+E", "gh", seed=0, steps=4, batch_size=8)

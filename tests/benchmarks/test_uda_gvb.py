@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from benchmarks.uda.data import Batch
-from benchmarks.uda.gvb import gvb_losses
-from benchmarks.uda.networks import Bridged, Networks, build_networks
+from benchmarks.uda.methods.gvb import gvb_losses
+from benchmarks.uda.methods.networks import Bridged, Networks, build_networks
 from tests.benchmarks.modules import gradients
 
 

@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.uda.data import Batch
-from benchmarks.uda.image_lists import DATA_SETS, Domain, Task, load_task
-from benchmarks.uda.images import (
+from benchmarks.uda.data.image_lists import DATA_SETS, Domain, Task, load_task
+from benchmarks.uda.data.images import (
     CROP,
     batches,
     center_view,

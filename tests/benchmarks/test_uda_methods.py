@@ -24,15 +24,15 @@ from benchmarks.uda.methods import (
     outer_product,
     warm_up,
 )
-from benchmarks.uda.networks import Networks, build_networks, reverse_gradient
-from benchmarks.uda.rules import (
+from benchmarks.uda.methods.networks import Networks, build_networks, reverse_gradient
+from benchmarks.uda.methods.rules import (
     ALL_RULES,
     LAMBDAS,
     RULES,
     find_rule,
     harmonized_gramian,
 )
-from benchmarks.uda.steps import (
+from benchmarks.uda.methods.steps import (
     ALL_METHODS,
     METHODS,
     Config,
@@ -41,7 +41,7 @@ from benchmarks.uda.steps import (
     generator_step,
     make_step,
 )
-from benchmarks.uda.updates import (
+from benchmarks.uda.methods.updates import (
     Harmonized,
     Record,
     Update,

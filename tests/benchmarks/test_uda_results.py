@@ -16,7 +16,10 @@ from benchmarks.uda import plots, timing, train
 from benchmarks.uda.__main__ import main, make_configs
 from benchmarks.uda.data import Task, batches
 from benchmarks.uda.methods import Losses, dann_losses
-from benchmarks.uda.networks import Networks, build_networks
+from benchmarks.uda.methods.networks import Networks, build_networks
+from benchmarks.uda.methods.rules import RULES, find_rule
+from benchmarks.uda.methods.steps import ALL_METHODS, METHODS, Config, Step
+from benchmarks.uda.methods.updates import MakeUpdate, Update, plain_update
 from benchmarks.uda.plots import draw_all
 from benchmarks.uda.results import (
     Result,
@@ -27,13 +30,10 @@ from benchmarks.uda.results import (
     read_results,
     write_results,
 )
-from benchmarks.uda.rules import RULES, find_rule
-from benchmarks.uda.steps import ALL_METHODS, METHODS, Config, Step
 from benchmarks.uda.table import COLUMNS, format_table, verdict
 from benchmarks.uda.timing import time_ratios
 from benchmarks.uda.train import run
 from benchmarks.uda.train import test_error as error_on
-from benchmarks.uda.updates import MakeUpdate, Update, plain_update
 from tests.benchmarks.modules import same, values
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from benchmarks.uda.data import Batch, Split, Task, batches
 from benchmarks.uda.methods import domain_loss, warm_up
-from benchmarks.uda.networks import Networks, build_networks
-from benchmarks.uda.ssrt import (
+from benchmarks.uda.methods.networks import Networks, build_networks
+from benchmarks.uda.methods.ssrt import (
     CONFIDENT,
     DROP,
     FAINT,
@@ -28,10 +28,10 @@ from benchmarks.uda.ssrt import (
     refinement_loss,
     ssrt_losses,
 )
-from benchmarks.uda.steps import Config, make_step, safe_interval
+from benchmarks.uda.methods.steps import Config, make_step, safe_interval
+from benchmarks.uda.methods.updates import Harmonized, Record, plain_update
+from benchmarks.uda.methods.vit import VisionTransformer
 from benchmarks.uda.train import run
-from benchmarks.uda.updates import Harmonized, Record, plain_update
-from benchmarks.uda.vit import VisionTransformer
 from tests.benchmarks.modules import gradients, same, values
 
 

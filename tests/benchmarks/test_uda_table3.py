@@ -15,6 +15,8 @@ import torch
 from benchmarks.common.statistics import interval
 from benchmarks.uda import paper_table, table3
 from benchmarks.uda.data import SHA256, Task
+from benchmarks.uda.methods.rules import ALL_RULES
+from benchmarks.uda.methods.steps import ALL_METHODS, REVISIONS, Config
 from benchmarks.uda.paper_table import (
     PAPER,
     describe_oracle,
@@ -22,9 +24,7 @@ from benchmarks.uda.paper_table import (
     format_table,
 )
 from benchmarks.uda.results import Result, append_line, hash_of, read_runs
-from benchmarks.uda.rules import ALL_RULES
 from benchmarks.uda.runs import Run, key_of, make_configs, summarize
-from benchmarks.uda.steps import ALL_METHODS, REVISIONS, Config
 from benchmarks.uda.table3 import BATCH, RATE, main, train
 from benchmarks.uda.train import run
 

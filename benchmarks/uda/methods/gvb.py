@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from benchmarks.uda.data import Batch
 from benchmarks.uda.methods import Losses, domain_loss, entropy_weights
-from benchmarks.uda.networks import Bridged, Networks, reverse_gradient
+from benchmarks.uda.methods.networks import Bridged, Networks, reverse_gradient
 
 
 def gvb_losses(

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from benchmarks.uda.data import SIZE, Batch
-from benchmarks.uda.dwl import Balance, dwl_losses, dwl_rest_loss
-from benchmarks.uda.gvb import gvb_losses
 from benchmarks.uda.methods import (
     Losses,
     cdan_losses,
@@ -25,9 +23,11 @@ from benchmarks.uda.methods import (
     mcd_losses,
     warm_up,
 )
-from benchmarks.uda.networks import CLASSES, Networks
-from benchmarks.uda.ssrt import INTERVAL, SafeTraining, ssrt_losses
-from benchmarks.uda.updates import MakeUpdate, Update
+from benchmarks.uda.methods.dwl import Balance, dwl_losses, dwl_rest_loss
+from benchmarks.uda.methods.gvb import gvb_losses
+from benchmarks.uda.methods.networks import CLASSES, Networks
+from benchmarks.uda.methods.ssrt import INTERVAL, SafeTraining, ssrt_losses
+from benchmarks.uda.methods.updates import MakeUpdate, Update
 
 SOURCE_ONLY = "source-only"
 METHODS = (SOURCE_ONLY, "DANN", "CDAN+E", "MCD")

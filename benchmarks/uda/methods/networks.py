@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.uda.data import LARGE, SIZE
-from benchmarks.uda.vit import WIDTH, VisionTransformer
+from benchmarks.uda.methods.vit import WIDTH, VisionTransformer
 
 CLASSES = 10
 HIDDEN = 128

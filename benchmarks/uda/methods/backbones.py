@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common.extra import bench_extra
-from benchmarks.uda.networks import Networks, assemble
+from benchmarks.uda.methods.networks import Networks, assemble
 
 BOTTLENECK = 256
 """How many features the heads and the discriminator see."""

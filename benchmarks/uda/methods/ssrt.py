@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 from benchmarks.uda.data import Batch
 from benchmarks.uda.methods import Losses, domain_loss
-from benchmarks.uda.networks import Networks, reverse_gradient
-from benchmarks.uda.vit import VisionTransformer
+from benchmarks.uda.methods.networks import Networks, reverse_gradient
+from benchmarks.uda.methods.vit import VisionTransformer
 
 LAYERS = (0, 1, 2)
 """The blocks before which tokens are perturbed, with the same probability."""

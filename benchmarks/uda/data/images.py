@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.common.extra import bench_extra
 from benchmarks.uda.data import Batch, shuffled_rows
-from benchmarks.uda.image_lists import Domain, Task
+from benchmarks.uda.data.image_lists import Domain, Task
 
 RESIZED, CROP = 256, 224
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

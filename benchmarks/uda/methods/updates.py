@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from benchmarks.uda.methods import Losses
+from benchmarks.uda.methods.rules import find_rule
 from benchmarks.uda.results import Row
-from benchmarks.uda.rules import find_rule
 from ghopt import HarmonizedOptimizer
 
 Update: TypeAlias = Callable[[Losses], None]

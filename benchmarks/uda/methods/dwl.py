@@ -26,7 +26,7 @@ from benchmarks.uda.methods import (
     domain_loss,
     probabilities_of,
 )
-from benchmarks.uda.networks import Networks
+from benchmarks.uda.methods.networks import Networks
 
 CONFUSION = 0.2
 """Factor of the generator's adversarial loss, of the published code."""

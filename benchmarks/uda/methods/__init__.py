@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.uda.data import Batch
-from benchmarks.uda.networks import Networks, reverse_gradient
+from benchmarks.uda.methods.networks import Networks, reverse_gradient
 
 
 class Losses(NamedTuple):
