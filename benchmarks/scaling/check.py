@@ -27,10 +27,10 @@ from benchmarks.scaling.model import (
     ddp_copies,
     ddp_messages,
     ddp_sent,
+    fsdp_control,
     fsdp_memory,
     fsdp_messages,
     fsdp_sent,
-    gramian_sent,
     reduced,
     scattered,
 )
@@ -148,7 +148,7 @@ def predict(scheme: str, world: int, tasks: int) -> Counts:
     memory = fsdp_memory(world, runs, gathered, gradients, stack.layers, keep=keep)
     return Counts(
         messages=fsdp_messages(tasks, stack.layers, keep=keep),
-        sent=round(sent + gramian_sent(world, tasks)),
+        sent=round(sent + fsdp_control(world, tasks)),
         copies=memory / (gradients / world),
     )
 
@@ -251,7 +251,7 @@ def _step(
             optimizer.backward(losses, backward_fn=backward_fn, sync_group=ddp)
         else:
             losses.sum().backward()
-    optimizer.step()
+    (optimizer if tasks else optimizer.base_optimizer).step()
 
 
 class _Watch(Watch):  # type: ignore[no-untyped-call]  # torch's

@@ -118,9 +118,12 @@ def fsdp_sent(
 
 
 def fsdp_messages(tasks: int, blocks: int, *, keep: bool = False) -> int:
-    """Count the collectives under FSDP; 0 tasks: plain, without that of the Gramian."""
+    """Count the collectives under FSDP; 0 tasks: plain, without the two of our own.
+
+    These are one before the passes, in which the ranks agree on them, and the Gramian.
+    """
     runs = max(tasks, 1)
-    return (gathers(runs, keep=keep) + runs) * blocks + (tasks > 0)
+    return (gathers(runs, keep=keep) + runs) * blocks + 2 * (tasks > 0)
 
 
 def fsdp_memory(
@@ -155,9 +158,12 @@ def fsdp_memory(
     return (tasks - 1) * shard + max(shard, freed) + working
 
 
-def gramian_sent(world: int, tasks: int) -> float:
-    """Bytes that a rank sends to sum the Gramian of shards, ``[K, K]`` in float64."""
-    return reduced(world, 8 * tasks**2)
+def fsdp_control(world: int, tasks: int) -> float:
+    """Bytes that a rank sends beside parameters and gradients under FSDP; 0 tasks: none.
+
+    Two integers of 64 bits of each rank, and the Gramian, ``[K, K]`` in float64.
+    """
+    return reduced(world, 2 * 8 * world + 8 * tasks**2) if tasks else 0.0
 
 
 def ddp_copies(tasks: int, *, bucket_view: bool = False) -> int:

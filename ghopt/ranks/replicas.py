@@ -1,6 +1,7 @@
 """The DDP models of this process: which are meant, and which would go wrong."""
 
 from collections.abc import Iterable, Sequence
+from operator import itemgetter
 from typing import TYPE_CHECKING, TypeAlias, Union
 
 import torch.distributed as dist
@@ -99,8 +100,10 @@ class Replicas:
         known, given = set(parameters), models_of(sync_group)
         reached: list[set[Tensor]] | None = None
         is_local = False
-        for model in self._find():
-            is_ours = not known.isdisjoint(model.parameters())
+        # Those of the optimizer first: what they lack is the first thing to be told.
+        found = [(known.isdisjoint(m.parameters()), m) for m in self._find()]
+        for is_other, model in sorted(found, key=itemgetter(0)):
+            is_ours = not is_other
             if is_ours:
                 _refuse_shards(model)
             others = set() if model in given else {*also_trained([model], known)}
