@@ -200,6 +200,21 @@ def test_a_rank_that_would_skip_a_pass_is_named(
         assert ("0 * out.sum()" in error) == ("without" in message)
 
 
+def step_with_a_closure() -> float:
+    model = sharded(models.heads_on_a_trunk, 2)
+    optimizer = HarmonizedOptimizer(SGD(model.parameters(), lr=0.1))
+    value: Any = optimizer.step(lambda: model(*share(*models.batch(2))))
+    return float(value)
+
+
+def test_the_value_of_a_closure_is_that_of_all_shards_of_the_batch() -> None:
+    model = models.make(models.heads_on_a_trunk, 2)
+    optimizer = HarmonizedOptimizer(SGD(model.parameters(), lr=0.1))
+    expected: Any = optimizer.step(lambda: model(*models.batch(2)))
+    for value in run_on_ranks(2, step_with_a_closure):
+        assert value == pytest.approx(float(expected), rel=1e-12)
+
+
 def train_partly_sharded() -> dict[str, Tensor]:
     model = models.make(models.heads_on_a_trunk, 2)
     fully_shard(model, ignored_params=set(model.heads.parameters()))
