@@ -550,7 +550,8 @@ class Training(RuleBasedStateMachine):
             closure = evaluate if how == "closure" else lambda: losses
             value = self.optimizer.step(closure)
             last = self.optimizer.last
-            weights = torch.ones(4) if frozen or last is None else last.weights
+            ones = torch.ones(4, dtype=torch.float64)
+            weights = ones if frozen or last is None else last.weights
             values = torch.stack([loss.detach() for loss in losses.values()])
             assert value == pytest.approx(float(weights[: len(values)] @ values))
 
