@@ -59,7 +59,7 @@ class Progress:
         if outcome.found is not None:
             self.last, self.steps, self.is_measured = outcome.found, 0, True
         elif outcome.reused is not None and not self.accumulation:
-            self.is_measured = outcome.reused is self.last
+            self.is_measured |= outcome.reused is self.last
         if self.is_stepping:
             self._evaluate(outcome, mean)
 
