@@ -136,8 +136,7 @@ def add(
         for table, entries in part.fused:
             on_device = weights.to(first_of(entries[0]).device, torch.float64)
             _kernels().combine(table, on_device.contiguous())
-        if part.rest:
-            _add_rest(part.rest, weights, wide=wide)
+        _add_rest(part.rest, weights, wide=wide)
 
 
 def add_with_graph(entries: Entries, weights: Tensor) -> Tensor:
@@ -422,11 +421,11 @@ def _add_widened(entries: Entries, factors: list[float] | list[Tensor]) -> None:
 
 def _add_sparse(entries: Entries, factors: list[float] | list[Tensor]) -> Tensor:
     """Sum the gradients of one parameter of which some are sparse."""
-    terms = []
-    for task, entry in entries.items():
-        factor = factors[task]
-        if isinstance(factor, Tensor):
-            factor = factor.to(entry.device)
-        terms.append(entry * factor)
+    terms = [entry * _beside(factors[task], entry) for task, entry in entries.items()]
     # torch adds a sparse tensor to a dense one, not the reverse.
     return reduce(torch.add, sorted(terms, key=lambda term: term.is_sparse))
+
+
+def _beside(factor: float | Tensor, entry: Tensor) -> float | Tensor:
+    """Bring a factor to the device of what it multiplies."""
+    return factor.to(entry.device) if isinstance(factor, Tensor) else factor

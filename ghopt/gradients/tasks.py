@@ -91,12 +91,6 @@ class StoredGradients:
         """Say whether a task reaches a parameter."""
         return any(self._by_task.values())
 
-    def with_order(
-        self, names: Iterable[str], parameters: Sequence[Tensor]
-    ) -> "StoredGradients":
-        """Give the same gradients with the tasks and parameters in another order."""
-        return StoredGradients(names, parameters, self._by_task)
-
     def gramian(self, over: Iterable[Tensor] | None = None) -> Tensor:
         """See :meth:`TaskGradients.gramian`."""
         if over is None:
