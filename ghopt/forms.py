@@ -1,4 +1,4 @@
-"""The forms that a gradient comes in: dense, sparse, complex, and shards (DTensor)."""
+"""What a gradient may be beside a plain tensor: complex, conjugated, a shard (DTensor)."""
 
 import sys
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ def is_dtensor(tensor: Tensor) -> "TypeGuard[DTensor]":
     """Say whether a tensor is a DTensor."""
     if type(tensor) is Tensor:
         return False
-    # Who has made one has imported the module, which to import takes a second.
+    # A DTensor can exist only if its module is imported; to import it takes a second.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 

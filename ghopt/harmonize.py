@@ -340,8 +340,8 @@ def _losses_of_passes(
 
 def _in_one(losses: Mapping[str, Tensor], last: Harmonization) -> dict[str, Tensor]:
     """Sum the losses with the weights of a measurement; a task of its own."""
-    # If they were not finite, as with an overflow under loss scaling, no more than that
-    # one step shall suffer.
+    # Weights that are not finite (overflow under loss scaling) become 1, so that only the
+    # step that made them is lost.
     weights = dict(zip(last.names, last.weights.nan_to_num(1, 1, 1), strict=True))
     ordered = torch.stack([weights[name] for name in losses])
     name = f"weighted sum of {sorted(losses)}"
@@ -358,7 +358,7 @@ def _refuse_other_owner(
     """Refuse losses that another optimizer has run its passes for.
 
     Its passes gave our parameters the plain sum, and ours would give it to those of the
-    other. Who restricts the passes with a ``backward_fn`` may know better.
+    other. A caller who limits the passes with a ``backward_fn`` is trusted.
 
     Raises:
         ValueError: if there is one, as far as can be seen: scaled losses are new tensors.

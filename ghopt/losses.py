@@ -126,7 +126,7 @@ def _factors(
     live = {name: loss for name, loss in named.items() if loss.requires_grad}
     if len({id(loss) for loss in live.values()}) < len(live):
         raise ValueError(f"losses in a total must be distinct tensors, got {[*live]}")
-    # Of a 1-D tensor the total knows the whole, not the pieces that it was cut in here.
+    # A 1-D tensor entered the total as a whole: the pieces are not in its graph.
     sources = [losses] if isinstance(losses, Tensor) else [*live.values()]
     for leaf in leaves(total, but_through=sources):
         raise ValueError(

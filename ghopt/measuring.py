@@ -1,4 +1,7 @@
-"""Gramian of the gradients of tasks, weighed: what there is to know, and nothing done."""
+"""What is known of the gradients of tasks before they are combined: Gramian and weights.
+
+The Gramian itself is made in ``gradients/products.py``.
+"""
 
 import sys
 from collections.abc import Callable, Iterable
@@ -44,7 +47,7 @@ HarmonizeHook: TypeAlias = Callable[[Harmonization, GramianOf], None]
 
 
 def check_weighting(weighting: object) -> None:
-    """Refuse what maps something else than a Gramian to something else than weights.
+    """Refuse a weighting that does not map a Gramian to weights.
 
     Raises:
         TypeError: if ``weighting`` is not callable, or an aggregator of TorchJD, which

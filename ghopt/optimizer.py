@@ -237,7 +237,7 @@ class HarmonizedOptimizer(Optimizer):
                 to the end of the step, so that the base minimises one function: it is
                 given the weighted sum of the losses, whose gradient is the harmonized
                 one. Terms that the closure differentiates by itself are not in it: make
-                them a loss. A closure that does neither is handed on as it is.
+                them a loss. The value of a closure that does neither is handed on as it is.
             losses: as for ``backward``: a shorthand for ``zero_grad()``,
                 ``backward(losses)``, ``step()``. With several ranks, as with a closure
                 that returns losses, call them one by one, for ``sync_group``.
@@ -434,7 +434,7 @@ class HarmonizedOptimizer(Optimizer):
         losses: Losses | None = None,
         **options: Any,
     ) -> float | None:
-        """Step between the hooks."""
+        """Step the base between the hooks, on the value of :meth:`_evaluate`."""
         base, progress = self.base_optimizer, self._progress
         if closure is not None and not callable(closure):
             given = f"{type(closure)} (losses are given by keyword)"
@@ -501,7 +501,7 @@ class HarmonizedOptimizer(Optimizer):
             )
         hooks = [*self._harmonize_hooks.values()]
         roles = self._roles()
-        # Those of a weighted sum were served by the weights of an earlier step.
+        # Micro-batches kept as one weighted sum have used the weights of an earlier step.
         is_served = progress.accumulation.is_weighed and progress.steps > 0
         outcome = finish(roles, self.weighting, progress.accumulation, hooks)
         progress.is_measured |= is_served

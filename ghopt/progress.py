@@ -1,4 +1,7 @@
-"""What changes between the calls of a ``HarmonizedOptimizer``."""
+"""What changes between the calls of a ``HarmonizedOptimizer``.
+
+In one object that is changed in place: see the docstring of ``optimizer.py``.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +21,7 @@ Mean: TypeAlias = Callable[[Tensor], Tensor]
 
 @dataclass
 class Progress:
-    """All that changes between calls: see the module's docstring.
+    """All that changes between calls.
 
     Attributes:
         accumulation: micro-batches that await the last one.
@@ -61,9 +64,9 @@ class Progress:
         elif outcome.reused is not None and not self.accumulation:
             self.is_measured |= outcome.reused is self.last
         if self.is_stepping:
-            self._evaluate(outcome, mean)
+            self._add_up(outcome, mean)
 
-    def _evaluate(self, outcome: Outcome, mean: Mean) -> None:
+    def _add_up(self, outcome: Outcome, mean: Mean) -> None:
         """Add up the losses of an evaluation by a closure, and weigh them at its end."""
         for name, loss in outcome.losses.items():
             value = loss.detach().reshape(())

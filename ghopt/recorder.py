@@ -233,6 +233,6 @@ def _listed(layers: Layers | None) -> Layers:
 
 def _over(layers: Layers, gramian_of: GramianOf) -> dict[str, Tensor]:
     """Take the inner products over each layer."""
-    # Of a module anew at each step: Accelerate and FSDP swap parameters.
+    # List those of a module anew at each step: Accelerate and FSDP swap them.
     named = by_layer(layers) if isinstance(layers, nn.Module) else layers
     return {name: gramian_of(parameters) for name, parameters in named.items()}

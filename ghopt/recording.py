@@ -1,8 +1,4 @@
-"""See the conflict: what each step found and did, recorded without waiting for it.
-
-A :class:`Recorder` keeps Gramians and weights where they are, on the device, and reads
-them on the host in ``flush`` only. All else (norms, cosines, conflicts, effects) follows
-from them, in :class:`Recording`.
+"""A recording: what n steps found and did, and every statistic that follows from it.
 
 Gradients are recorded as ``backward`` gets them: under loss scaling, norms, inner products
 and what follows from them are those of the scaled losses. Cosines and weights do not depend

@@ -1,4 +1,4 @@
-"""What torch does around the step of an optimizer, where a wrapper must join in."""
+"""Around the step: torch's global hooks, gradient scalers, and what a step takes."""
 
 import inspect
 import threading
@@ -18,8 +18,9 @@ _stepping = threading.local()
 class _ButForBases:
     """A global step hook of torch that passes by the bases of wrappers.
 
-    It has run for the wrapper. In the place of the hook, so that handles find it, and for
-    good: to take it out and put it in again would not be safe among threads.
+    The hook has run for the wrapper already. This object replaces it under the same key,
+    so that handles still find it. It stays there: to remove and to restore it would not
+    be safe among threads.
     """
 
     def __init__(self, hook: Callable[..., Any]) -> None:

@@ -81,7 +81,7 @@ def gh_coefficients(gramian: Tensor) -> Tensor:
     smallest eigenvalue, other than zero, of the cosines of any of the tasks: gradients
     that are an angle ``t`` from opposite, equal or dependent have ``s`` near ``t**2 / 2``.
 
-    * From ``s = 1e-7`` on the error is about ``eps / s``, relative to the gradients.
+    * From ``s = 1e-7`` on (see ``_RIDGE`` in ``cone.py``) the error is about ``eps / s``, relative to the gradients.
     * Below, the direction fades, until it counts for nothing: float32 gradients that are
       dependent on paper differ by ``s`` near 1e-14, and weights that resolve this would
       be 1e7. So no multiplier exceeds ``3e4`` times the ratio of the lengths. Each

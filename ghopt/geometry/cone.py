@@ -24,7 +24,7 @@ def cone_multipliers(matrix: Tensor) -> Tensor:
     with the row of the round before, from zero (proximal point method, Rockafellar
     1976). This has one solution, which no order of the tasks changes. What the rounds
     leave of a direction with eigenvalue ``s`` is ``(1 + s / _RIDGE) ** -_ROUNDS``: less
-    than rounding from s = 1e-7 on, and nearly all where rounding made the direction.
+    than eps / s, about, from s = 1e-7 on, and nearly all where rounding made the direction.
 
     The bounds: the squared moves of a row add up to at most ``1 / _RIDGE`` and get no
     longer, so the last is at most ``1 / sqrt(_RIDGE _ROUNDS)`` and all together
@@ -41,7 +41,7 @@ def cone_multipliers(matrix: Tensor) -> Tensor:
     rows = torch.zeros_like(matrix)
     for _ in range(_ROUNDS):
         before, rows = rows, solve(rows * ridge - matrix)
-        # To ask is free on the CPU. Where the rows move by rounding all is said.
+        # On the CPU to ask is free. Once rows change by rounding, no round changes more.
         if matrix.device.type == "cpu" and _is_close(before, rows):
             break
     return rows

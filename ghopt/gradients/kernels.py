@@ -101,7 +101,7 @@ def tabulate(
     _check(parameters, tasks)
     firsts = [next(iter(entries.values())) for entries in parameters]
     dtype, device = firsts[0].dtype, firsts[0].device
-    # Of the default device, which may be a GPU, nothing here may know.
+    # On the CPU explicitly: the default device may be a GPU.
     addresses = torch.tensor(
         [[e[k].data_ptr() if k in e else 0 for k in range(tasks)] for e in parameters],
         dtype=torch.int64,

@@ -56,7 +56,7 @@ def also_trained(
 
 
 class Replicas:
-    """Whether DDP models of this process would train other replicas on every rank.
+    """Whether DDP models of this process would train different replicas on each rank.
 
     torch raises if several passes reach different parameters of a model. If they reach
     the same ones the later passes stay local, and the ranks drift apart without an error.
@@ -83,7 +83,8 @@ class Replicas:
             parameters: those of the optimizer.
             losses: each will have a backward pass of its own.
             sync_group: as for ``backward``.
-            several: there are several passes, or the ranks would average a single one.
+            several: whether several passes run, or a ``sync_group`` is given, which
+                averages even a single one.
             accumulate_only: nothing is averaged in this call.
 
         Returns:
@@ -91,8 +92,9 @@ class Replicas:
             they shall stay so.
 
         Raises:
-            RuntimeError: if the last forward pass of a model prepared for one pass, and
-                there are more; or for none, and this call does not average it.
+            RuntimeError: if a model will average only its first pass and there are
+                more, or if it last ran inside ``no_sync()`` and this call does not
+                average it.
             ValueError: if the parameters of a model are shards.
         """
         if not (dist.is_available() and dist.is_initialized()):
@@ -101,8 +103,8 @@ class Replicas:
         reached: list[set[Tensor]] | None = None
         is_local = False
         # Those of the optimizer first: what they lack is the first thing to be told.
-        found = [(known.isdisjoint(m.parameters()), m) for m in self._find()]
-        for is_other, model in sorted(found, key=itemgetter(0)):
+        models = [(known.isdisjoint(m.parameters()), m) for m in self._find()]
+        for is_other, model in sorted(models, key=itemgetter(0)):
             is_ours = not is_other
             if is_ours:
                 _refuse_shards(model)
