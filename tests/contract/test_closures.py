@@ -324,6 +324,25 @@ def test_the_values_of_several_calls_in_one_evaluation_add_up() -> None:
     assert_close(value, expected.detach(), rtol=1e-14, atol=0)
 
 
+def test_the_values_of_micro_batches_are_told_apart_by_name() -> None:
+    model = network()
+    optimizer = wrap(model)
+    data = models.batch(2)
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        a, b = model(*data)
+        optimizer.backward({"a": a, "b": b}, retain_graph=True, accumulate_only=True)
+        optimizer.backward({"b": b, "a": a})
+        return -1.0
+
+    a, b = (loss.detach() for loss in model(*data))
+    value: Any = optimizer.step(closure)
+    assert optimizer.last is not None
+    assert optimizer.last.names == ("b", "a")
+    assert_close(value, 2 * (optimizer.last.weights @ torch.stack([b, a])))
+
+
 def test_an_accumulation_of_tasks_is_ended_as_one_though_weights_are_held() -> None:
     """The weights of a backward before it serve evaluations, not half a batch."""
     made = []

@@ -530,6 +530,15 @@ def test_a_global_hook_may_come_and_go_within_a_step() -> None:
     assert len(noted.events) == 2
 
 
+def test_a_base_that_steps_by_itself_has_global_hooks_again() -> None:
+    _, optimizer = wrapped(ADAMW)
+    noted, base = Recorder(), optimizer.base_optimizer
+    with register_optimizer_step_pre_hook(noted.hook("pre")):
+        optimizer.step()
+        base.step()
+    assert noted.events == [("pre", optimizer), ("pre", base)]
+
+
 def test_global_hooks_go_on_for_other_optimizers_that_step_meanwhile() -> None:
     model, optimizer = wrapped(ADAMW)
     other, noted = SGD([torch.ones(1, requires_grad=True)], lr=0.1), Recorder()
