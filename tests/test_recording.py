@@ -729,3 +729,14 @@ def test_tensorboard_shows_each_number_at_its_step(tmp_path: Path) -> None:
     assert [event.value for event in shown] == pytest.approx(expected)
     names = {name for row in recording.rows() for name in row} - {"step"}
     assert {*events.Tags()["scalars"]} == {f"ghopt/{name}" for name in names}
+
+
+def test_rounding_of_a_slope_of_zero_opposes_nobody() -> None:
+    products = torch.tensor([[1.0, -0.5], [-0.5, 1.0]], dtype=torch.float64)
+    recorder = Recorder()
+    for first in (0.5, 0.5 - 2e-9, 0.49):
+        weights = torch.tensor([first, 1.0], dtype=torch.float64)
+        recorder.record(Harmonization(("a", "b"), products, weights))
+    recording = recorder.flush()
+    opposed = recording.opposed(recording.weights)
+    assert opposed.tolist() == [[False, False], [False, False], [True, False]]
