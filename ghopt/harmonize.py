@@ -222,6 +222,8 @@ def run(
         reusable: gives weights that serve once more, in a single pass.
         hooks: called with what was found, before the gradients are combined.
     """
+    if options.backward_fn is not None and not callable(options.backward_fn):
+        raise TypeError(f"backward_fn must be callable, got {options.backward_fn!r}")
     # Compared by identity: ``bool()`` of a compiled module raises.
     group = None if options.sync_group is False else options.sync_group
     if group is not None:

@@ -195,16 +195,15 @@ class HarmonizedOptimizer(Optimizer):
                 during the passes; if another rank fails or does not come; if a DDP model
                 that the losses reach would average the first pass only, or none.
         """
-        if backward_fn is not None and not callable(backward_fn):
-            raise TypeError(f"backward_fn must be callable, got {backward_fn!r}")
         progress = self._progress
         progress.is_known = True
         options = Options(
             total, retain_graph, backward_fn, accumulate_only, sync_group, self.deferred
         )
+        roles = self._roles()
         outcome = run(
             losses,
-            self._roles(),
+            roles,
             self.weighting,
             options,
             progress.accumulation,
@@ -213,8 +212,7 @@ class HarmonizedOptimizer(Optimizer):
             [*self._harmonize_hooks.values()],
         )
         group = None if accumulate_only else sync_group
-        roles = self._roles().own if progress.is_stepping else []
-        progress.note(outcome, lambda value: mean_over_ranks(value, group, roles))
+        progress.note(outcome, lambda value: mean_over_ranks(value, group, roles.own))
 
     def step(  # type: ignore[override]  # one more way to call it than the base class
         self,

@@ -23,6 +23,7 @@ from ghopt import (
 )
 from ghopt.measuring import weigh
 from tests import models
+from tests.memory import allocated
 from tests.models import Tasks
 
 WEIGHTINGS = [gh, ghpp, ghpp_printed]
@@ -130,13 +131,7 @@ def test_a_step_holds_one_copy_of_the_gradients_per_task(tasks: int) -> None:
     out = layer(torch.randn(8, 1000))
     losses = [out[:, task::tasks].square().mean() for task in range(tasks)]
     optimizer = HarmonizedOptimizer(SGD(layer.parameters(), lr=0.1))
-    with torch.profiler.profile(profile_memory=True) as profile:
-        optimizer.backward(losses)
-    held, peak = 0, 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
+    held, peak = allocated(lambda: optimizer.backward(losses))
     copy = 4 * (1000 * 1000 + 1000)
     # A little more than K copies: blocks in float64, activations.
     assert tasks * copy <= peak < (tasks + 0.3) * copy
@@ -278,6 +273,8 @@ def test_backward_names_what_is_wrong() -> None:
         backward(losses, model.parameters(), accumulate_only=True)
     with pytest.raises(TypeError, match=r"pass model.parameters\(\)"):
         backward(losses, model)  # type: ignore[arg-type]  # the point
+    with pytest.raises(TypeError, match="backward_fn must be callable, got 1"):
+        backward(losses, model.parameters(), backward_fn=1)  # type: ignore[arg-type]  # the point
     with pytest.raises(TypeError, match="weighting must be callable"):
         backward(losses, model.parameters(), "gh")  # type: ignore[arg-type]  # the point
     with pytest.raises(ValueError, match="losses must reach a parameter"):
