@@ -28,7 +28,7 @@ Unsupervised Domain Adaptation", TPAMI 2024, https://arxiv.org/abs/2408.00288.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeAlias
 
 import torch
@@ -57,16 +57,31 @@ def cosines(gramian: Tensor) -> Tensor:
     return ratios.masked_fill(zero.unsqueeze(-1) | zero.unsqueeze(-2), 0)
 
 
-def gh(gramian: Tensor) -> Tensor:
+def plain_sum(gramian: Tensor) -> Tensor:
+    """Weights of the plain sum, shape ``[K]``: all 1, whatever the gradients.
+
+    What everybody trains on. As a weighting it serves to compare, or to project the step
+    of the plain sum (``project_step`` of :class:`ghopt.HarmonizedOptimizer`).
+
+    Raises:
+        ValueError: if ``gramian`` is not square, is empty or not floating point.
+    """
+    _check(gramian)
+    return torch.ones_like(gramian[0])
+
+
+def gh(gramian: Tensor, protected: Sequence[int] | None = None) -> Tensor:
     """Weights of GH (eq. 42), shape ``[K]``: see :func:`gh_coefficients`.
 
     >>> gh(torch.tensor([[1.0, -1.0], [-1.0, 4.0]]))
     tensor([2.0000, 1.2500])
+    >>> gh(torch.tensor([[1.0, -1.0], [-1.0, 4.0]]), protected=[0])
+    tensor([2., 1.])
     """
-    return _gh(gramian).sum(0).to(gramian.dtype)
+    return _dual_cone(gramian, None, protected).sum(0).to(gramian.dtype)
 
 
-def gh_coefficients(gramian: Tensor) -> Tensor:
+def gh_coefficients(gramian: Tensor, protected: Sequence[int] | None = None) -> Tensor:
     """Project every gradient on the dual cone of all gradients (lemma 1, eq. 29).
 
     The harmonized gradient of task ``i`` is the vector nearest to its gradient that
@@ -87,16 +102,56 @@ def gh_coefficients(gramian: Tensor) -> Tensor:
       be 1e7. So no multiplier exceeds ``3e4`` times the ratio of the lengths. Each
       harmonized gradient then opposes a task by at most 3.6e-5 of its length before.
 
+    With ``protected`` the cone is that of these tasks alone (this project's, not the
+    paper's). The other gradients are bent so that they oppose none of them, and the
+    protected ones among themselves; nothing is done for the others. So the update opposes
+    no protected task, and a main task is never bent by an auxiliary one.
+
     Args:
         gramian: inner products of the gradients, shape ``[K, K]``.
+        protected: numbers of the tasks that no gradient may oppose; None: all.
 
     Returns:
         Coefficients, shape ``[K, K]``. The diagonal is 1 and nothing is negative.
 
     Raises:
-        ValueError: if ``gramian`` is not square, is empty or not floating point.
+        TypeError: if ``protected`` holds anything but whole numbers.
+        ValueError: if ``protected`` names no task of these, or one twice, or ``gramian``
+            is not square, is empty or not floating point.
     """
-    return _gh(gramian).to(gramian.dtype)
+    return dual_cone(gramian, protected=protected)
+
+
+def dual_cone(
+    gramian: Tensor,
+    rows: Sequence[int] | None = None,
+    protected: Sequence[int] | None = None,
+) -> Tensor:
+    """Project some vectors on the cone of those that oppose none of others.
+
+    The vector nearest to ``g_i`` among all ``d`` with ``d . g_j >= 0`` for every protected
+    ``j``. :func:`gh_coefficients` is all rows on all tasks. One row on the gradients of
+    earlier tasks is GEM (Lopez-Paz and Ranzato, NeurIPS 2017, eq. 11), on one of them
+    A-GEM (Chaudhry et al., ICLR 2019, eq. 11). Accuracy as told there.
+
+    >>> dual_cone(torch.tensor([[1.0, -1.0], [-1.0, 4.0]]), rows=[1], protected=[0])
+    tensor([[1., 1.]])
+
+    Args:
+        gramian: inner products of the vectors, shape ``[K, K]``.
+        rows: numbers of those that are projected, R in all; None: all.
+        protected: numbers of those that must not be opposed; None: all.
+
+    Returns:
+        Coefficients, shape ``[R, K]``: row ``r`` of ``coefficients @ J`` is the projection
+        of vector ``rows[r]``. Its own coefficient is 1, and nothing is negative.
+
+    Raises:
+        TypeError: if ``rows`` or ``protected`` hold anything but whole numbers.
+        ValueError: if they name no vector of these, or one twice, or ``gramian`` is not
+            square, is empty or not floating point.
+    """
+    return _dual_cone(gramian, rows, protected).to(gramian.dtype)
 
 
 def ghpp(gramian: Tensor, lam: float = 0.5) -> Tensor:
@@ -205,20 +260,77 @@ def ghpp_printed_coefficients(gramian: Tensor, lam: float = 0.5) -> Tensor:
     return _ghpp_printed(gramian, lam).to(gramian.dtype)
 
 
-def _gh(gramian: Tensor) -> Tensor:
-    """Coefficients of GH in float64."""
+def _dual_cone(
+    gramian: Tensor, rows: Sequence[int] | None, protected: Sequence[int] | None
+) -> Tensor:
+    """Coefficients of :func:`dual_cone` in float64."""
     _check(gramian)
-    if len(gramian) <= 2:
-        # Eq. 29 as it stands. The first clamp is the indicator of eq. 5 and, since the
-        # diagonal is never negative, clears the diagonal; the second spares 0 / 0.
-        gramian = gramian.double()
-        squares = gramian.diagonal().clamp(min=torch.finfo(gramian.dtype).tiny)
-        coefficients = gramian.neg().clamp_(min=0).div_(squares).fill_diagonal_(1)
-        return _poisoned(coefficients, gramian)
+    count = len(gramian)
+    if rows is None and protected is None and count <= 2:
+        return _gh_of_two(gramian)
+    moved = _checked("rows", rows, count)
+    kept = _checked("protected", protected, count)
     matrix, scale = rescaled(gramian)
-    rows = cone_multipliers(matrix)
-    coefficients = identity(matrix) + rows * (scale / scale[:, None])
+    multipliers = _multipliers(matrix, moved, kept) * _picked(scale, kept)
+    multipliers = multipliers / _picked(scale, moved)[:, None]
+    # Column by column: to index with a list would copy it to the device, which waits.
+    column = {j: multipliers[:, place] for place, j in enumerate(kept)}
+    nothing = matrix.new_zeros(len(moved))
+    spread = torch.stack([column.get(j, nothing) for j in range(count)], 1)
+    unit = _picked(identity(matrix), moved)
+    return _poisoned(unit + spread, gramian)
+
+
+def _gh_of_two(gramian: Tensor) -> Tensor:
+    """Coefficients of GH for at most two tasks, in float64: eq. 29 as it stands."""
+    # The first clamp is the indicator of eq. 5 and, since the diagonal is never negative,
+    # clears the diagonal; the second spares 0 / 0.
+    gramian = gramian.double()
+    squares = gramian.diagonal().clamp(min=torch.finfo(gramian.dtype).tiny)
+    coefficients = gramian.neg().clamp_(min=0).div_(squares).fill_diagonal_(1)
     return _poisoned(coefficients, gramian)
+
+
+def _multipliers(matrix: Tensor, moved: list[int], kept: list[int]) -> Tensor:
+    """Multipliers ``[R, P]`` of the projections, from a rescaled Gramian."""
+    products = _picked(_picked(matrix, moved).mT, kept).mT
+    if not kept:
+        return products
+    own = _picked(_picked(identity(matrix), moved).mT, kept).mT > 0
+    if len(kept) == 1:
+        # Eq. 29 with one constraint.
+        square = matrix.diagonal()[kept[0]]
+        return (products.neg().clamp(min=0) / square).masked_fill(own, 0)
+    system = _picked(_picked(matrix, kept).mT, kept).mT
+    return cone_multipliers(system, products, own)
+
+
+def _picked(tensor: Tensor, numbers: list[int]) -> Tensor:
+    """Take some rows, without a copy where these are all."""
+    if numbers == list(range(len(tensor))):
+        return tensor
+    if not numbers:
+        return tensor[:0]
+    return torch.stack([tensor[number] for number in numbers])
+
+
+def _checked(name: str, numbers: Sequence[int] | None, count: int) -> list[int]:
+    """List the numbers of some of ``count`` vectors; all of them if None."""
+    if numbers is None:
+        return list(range(count))
+    if isinstance(numbers, str) or not isinstance(numbers, Iterable):
+        raise TypeError(f"{name} must be numbers of tasks, got {numbers!r}")
+    found = list(numbers)
+    for number in found:
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise TypeError(f"{name} must hold whole numbers, got {number!r}")
+        if not 0 <= number < count:
+            raise ValueError(
+                f"{name} must be from 0 to {count - 1}, got {number} for {count} tasks"
+            )
+    if len(set(found)) < len(found):
+        raise ValueError(f"{name} must hold each number once, got {found}")
+    return found
 
 
 def _ghpp(gramian: Tensor, lam: float) -> Tensor:

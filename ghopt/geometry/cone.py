@@ -1,11 +1,9 @@
-"""Projections on the dual cone: the solver behind GH with more than two tasks."""
+"""Projections on the dual cone of several gradients: the solver behind GH."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
-
-from ghopt.geometry.matrices import identity
 
 _MOST_ENUMERATED = 8  # 2**8 systems of 8 x 8 take under a millisecond
 
@@ -15,8 +13,8 @@ _RIDGE = 1e-8
 _ROUNDS = 8
 
 
-def cone_multipliers(matrix: Tensor) -> Tensor:
-    """Multipliers ``[K, K]`` of the projections on the dual cone.
+def cone_multipliers(system: Tensor, products: Tensor, own: Tensor) -> Tensor:
+    """Multipliers ``[R, P]`` of the projections of R gradients on the cone of P others.
 
     Row ``i`` minimises ``|g_i + row @ J|`` over rows that are nowhere negative. Where
     gradients are nearly dependent that has huge solutions, or many. So each round
@@ -30,19 +28,21 @@ def cone_multipliers(matrix: Tensor) -> Tensor:
     longer, so the last is at most ``1 / sqrt(_RIDGE _ROUNDS)`` and all together
     ``sqrt(_ROUNDS / _RIDGE)``; and the row opposes a task by ``_RIDGE`` times its last
     move.
+
+    Args:
+        system: inner products of the protected gradients, ``[P, P]``.
+        products: of the projected with the protected, ``[R, P]``.
+        own: where the two are one and the same, bool ``[R, P]``.
     """
-    ridge = _RIDGE * matrix.diagonal()
-    system = matrix + ridge.diag()
-    solve = (
-        _enumerated(system)
-        if len(matrix) <= _MOST_ENUMERATED
-        else _lawson_hanson(system)
-    )
-    rows = torch.zeros_like(matrix)
+    ridge = _RIDGE * system.diagonal()
+    system = system + ridge.diag()
+    method = _enumerated if len(system) <= _MOST_ENUMERATED else _lawson_hanson
+    solve = method(system, own)
+    rows = torch.zeros_like(products)
     for _ in range(_ROUNDS):
-        before, rows = rows, solve(rows * ridge - matrix)
+        before, rows = rows, solve(rows * ridge - products)
         # On the CPU to ask is free. Once rows change by rounding, no round changes more.
-        if matrix.device.type == "cpu" and _is_close(before, rows):
+        if system.device.type == "cpu" and _is_close(before, rows):
             break
     return rows
 
@@ -52,39 +52,43 @@ def _is_close(before: Tensor, after: Tensor) -> bool:
     return bool(((after - before).abs() <= eps * after).all())
 
 
-def _enumerated(system: Tensor) -> Callable[[Tensor], Tensor]:
+def _enumerated(system: Tensor, own: Tensor) -> Callable[[Tensor], Tensor]:
     """Minimise ``row @ system @ row / 2 - right @ row`` over rows without a negative.
 
-    By trying all active sets, for few tasks. Each of the 2**K sets gives one candidate,
+    By trying all active sets, for few tasks. Each of the 2**P sets gives one candidate,
     which solves the problem iff it is not negative and no slope outside of the set leads
     down. The least violation wins, so that rounding cannot leave a task without a winner.
 
     Args:
-        system: shape ``[K, K]``, positive definite.
+        system: shape ``[P, P]``, positive definite.
+        own: where a row is the gradient of a task, bool ``[R, P]``.
 
     Returns:
-        From the right sides of all rows, ``[K, K]``, to the rows.
+        From the right sides of all rows, ``[R, P]``, to the rows.
     """
-    tasks = torch.arange(len(system), dtype=torch.int64, device=system.device)
-    subsets = torch.arange(2 ** len(system), dtype=torch.int64, device=system.device)
-    active = (subsets[:, None] >> tasks & 1).bool()  # [2**K, K], the empty set first
+    count, tasks = own.shape
+    numbers = torch.arange(tasks, dtype=torch.int64, device=system.device)
+    subsets = torch.arange(2**tasks, dtype=torch.int64, device=system.device)
+    active = (subsets[:, None] >> numbers & 1).bool()  # [2**P, P], the empty set first
+    # A task is never in its own set: its projection has a positive product with it.
+    barred = (active[:, None] & own).any(2)  # [2**P, R]
+    places = torch.arange(count, dtype=torch.int64, device=system.device)
     factors = _factors(system, active)
 
     def solve(right: Tensor) -> Tensor:
         inside = right.mT.where(active[:, :, None], 0)
-        rows: Tensor = torch.linalg.lu_solve(*factors, inside).mT  # [2**K, K, K]
+        rows: Tensor = torch.linalg.lu_solve(*factors, inside).mT  # [2**P, R, P]
         slopes = rows @ system - right
         slopes = slopes.abs().where(active[:, None], -slopes)
         violation = torch.maximum(slopes, -rows).amax(2).clamp(min=0)
-        # A task is never in its own set: its projection has a positive product with it.
         # The first of equals wins, so the empty set where nothing conflicts.
-        best = violation.where(~active, torch.inf).argmin(0)
-        return rows[best, tasks].clamp(min=0)
+        best = violation.where(~barred, torch.inf).argmin(0)
+        return rows[best, places].clamp(min=0)
 
     return solve
 
 
-def _lawson_hanson(system: Tensor) -> Callable[[Tensor], Tensor]:
+def _lawson_hanson(system: Tensor, own: Tensor) -> Callable[[Tensor], Tensor]:
     """Do the same as :func:`_enumerated` by Lawson and Hanson's method, rows at once.
 
     Each step solves for the multipliers of every row's active set. Where some are not
@@ -94,8 +98,7 @@ def _lawson_hanson(system: Tensor) -> Callable[[Tensor], Tensor]:
     the last one ended, so that few steps do.
     """
     info = torch.finfo(system.dtype)
-    own = identity(system) > 0
-    rows = torch.zeros_like(system)
+    rows = system.new_zeros(own.shape)
     active = torch.zeros_like(own)
     steps = 3 * len(system)  # as many as SciPy's NNLS takes
 
