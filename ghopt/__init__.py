@@ -1,7 +1,9 @@
 """Exact Gradient Harmonization (GH, GH++) for multi-task training with PyTorch."""
 
+from ghopt.change import Change
 from ghopt.geometry import (
     Weighting,
+    dual_cone,
     gh,
     gh_coefficients,
     ghpp,
@@ -10,6 +12,7 @@ from ghopt.geometry import (
     ghpp_coefficients,
     ghpp_printed,
     ghpp_printed_coefficients,
+    plain_sum,
 )
 from ghopt.harmonize import Accumulation, backward
 from ghopt.measuring import Harmonization, harmonized_loss
@@ -19,12 +22,14 @@ from ghopt.recording import Recording
 
 __all__ = [
     "Accumulation",
+    "Change",
     "Harmonization",
     "HarmonizedOptimizer",
     "Recorder",
     "Recording",
     "Weighting",
     "backward",
+    "dual_cone",
     "gh",
     "gh_coefficients",
     "ghpp",
@@ -35,4 +40,5 @@ __all__ = [
     "ghpp_printed_coefficients",
     "harmonized_loss",
     "measure",
+    "plain_sum",
 ]

@@ -7,6 +7,7 @@
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -115,7 +116,12 @@ class Accumulation:
 
 @dataclass(frozen=True)
 class Options:
-    """How one ``backward`` runs: see :func:`backward`, and ``HarmonizedOptimizer``."""
+    """How one ``backward`` runs: see :func:`backward`, and ``HarmonizedOptimizer``.
+
+    Attributes:
+        keep: the gradients of the tasks, for :attr:`Outcome.gradients`.
+        protect: names of the tasks that ``gh`` protects; None: all.
+    """
 
     total: Tensor | None = None
     retain_graph: bool = False
@@ -123,6 +129,8 @@ class Options:
     accumulate_only: bool = False
     sync_group: SyncGroup | None = None
     deferred: bool = False
+    keep: bool = False
+    protect: Collection[str] | None = None
 
 
 class Outcome(NamedTuple):
@@ -133,11 +141,13 @@ class Outcome(NamedTuple):
         found: what was measured; None where weights served once more, or gradients were
             only accumulated.
         reused: the weights that served once more.
+        gradients: of the tasks, where they were measured and are to be kept.
     """
 
     losses: dict[str, Tensor]
     found: Harmonization | None
     reused: Harmonization | None
+    gradients: StoredGradients | None = None
 
 
 def backward(
@@ -251,7 +261,7 @@ def run(
                 (added,) = (stored[name] for name in named)
             elif not options.accumulate_only:
                 found, added = weigh_and_combine(
-                    gradients, named, weighting, ranks, hooks
+                    gradients, named, weighting, options, ranks, hooks
                 )
             if options.accumulate_only:
                 put_back(roles.own, grads, {})
@@ -261,12 +271,14 @@ def run(
             else:
                 put_back(roles.own, grads, {**added, **sums})
                 accumulation.forget()
-    return Outcome(named, found, reused)
+    is_kept = options.keep and found is not None
+    return Outcome(named, found, reused, stored if is_kept else None)
 
 
 def finish(
     roles: Roles,
     weighting: Weighting,
+    options: Options,
     accumulation: Accumulation,
     hooks: Collection[HarmonizeHook] = (),
 ) -> Outcome:
@@ -286,24 +298,35 @@ def finish(
     if is_weighed:
         found, added = None, stored[names[0]]
     else:
-        found, added = weigh_and_combine(stored, names, weighting, ALONE, hooks)
+        found, added = weigh_and_combine(
+            stored, names, weighting, options, ALONE, hooks
+        )
     grads = [parameter.grad for parameter in roles.own]
     put_back(roles.own, grads, {**added, **summed})
-    return Outcome({}, found, None)
+    is_kept = options.keep and found is not None
+    return Outcome({}, found, None, stored if is_kept else None)
 
 
 def weigh_and_combine(
     gradients: TaskGradients,
     names: Iterable[str],
     weighting: Weighting,
+    options: Options,
     ranks: Alone | Ranks,
     hooks: Iterable[HarmonizeHook],
 ) -> tuple[Harmonization, dict[Tensor, Tensor]]:
-    """Measure gradients, weigh them, and combine them in place."""
+    """Measure gradients, weigh them, and combine them in place if they are not kept."""
+    if weighting is gh and options.protect is not None:
+        weighting = partial(gh, protected=numbers_of(options.protect, names))
     found = measured(gradients, names, weighting, ranks)
     for hook in hooks:
         hook(found, gradients.gramian)
-    return found, gradients.combine(found.weights, found.gramian)
+    return found, gradients.combine(found.weights, found.gramian, keep=options.keep)
+
+
+def numbers_of(names: Collection[str], tasks: Iterable[str]) -> list[int]:
+    """Number those of the tasks that have one of the names."""
+    return [number for number, task in enumerate(tasks) if task in names]
 
 
 LATE = "give the last micro-batch to backward() without accumulate_only"
@@ -418,7 +441,7 @@ def _collect(
     """Run the passes, and give what they leave."""
     for parameter in roles.summed:
         parameter.grad = summed.pop(parameter, None)
-    may_defer = options.deferred and not options.accumulate_only
+    may_defer = options.deferred and not (options.accumulate_only or options.keep)
     deferral = None
     if may_defer and options.backward_fn is None:
         deferral = defer(losses, roles.harmonized)

@@ -47,6 +47,26 @@ def named_losses(losses: Losses) -> dict[str, Tensor]:
     return named
 
 
+def protected_names(protect: Iterable[str | int]) -> tuple[str, ...]:
+    """Check which tasks are to be protected: names, or numbers in a list of losses.
+
+    Raises:
+        TypeError: if ``protect`` is a bare string, no iterable, or holds something else.
+        ValueError: if it is empty.
+    """
+    if isinstance(protect, str) or not isinstance(protect, Iterable):
+        raise TypeError(
+            f"protect must be an iterable of names, got {protect!r}: pass ({protect!r},)"
+        )
+    names = list(protect)
+    for name in names:
+        if isinstance(name, bool) or not isinstance(name, str | int):
+            raise TypeError(f"protect must hold names or numbers, got {name!r}")
+    if not names:
+        raise ValueError("protect must name a task, got none: leave it out")
+    return tuple(dict.fromkeys(map(str, names)))
+
+
 def warn_of_many(losses: Sized) -> None:
     """Warn of more than 32 tasks, which looks like a program that hangs."""
     if len(losses) > _MANY:

@@ -29,10 +29,12 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from ghopt.change import ChangeHook, copied, look, project_momentum, project_step
 from ghopt.geometry import Weighting, gh
-from ghopt.harmonize import LATE, Options, finish, run
+from ghopt.gradients import StoredGradients
+from ghopt.harmonize import LATE, Options, finish, numbers_of, run
 from ghopt.living import living
-from ghopt.losses import Losses, named_losses
+from ghopt.losses import Losses, named_losses, protected_names
 from ghopt.measuring import Harmonization, HarmonizeHook, check_weighting
 from ghopt.passes import BackwardFn, Roles
 from ghopt.progress import Progress
@@ -104,6 +106,8 @@ class HarmonizedOptimizer(Optimizer):
         shared_params: Iterable[Tensor] | None = None,
         measure_every: int = 1,
         deferred: bool = False,
+        project_step: bool = False,
+        protect: Iterable[str | int] | None = None,
     ) -> None:
         if not isinstance(base_optimizer, Optimizer):
             given = type(base_optimizer)
@@ -121,10 +125,19 @@ class HarmonizedOptimizer(Optimizer):
         if measure_every > 1 and shared_params is not None:
             given = f"got {measure_every}"
             raise ValueError(f"measure_every must be 1 with shared_params, {given}")
+        if measure_every > 1 and project_step:
+            given = f"got {measure_every}"
+            raise ValueError(f"measure_every must be 1 with project_step, {given}")
+        self.protect = None if protect is None else protected_names(protect)
+        if protect is not None and weighting is not gh and not project_step:
+            raise ValueError(
+                f"protect must come with weighting=gh or project_step=True, got {weighting!r}"
+            )
         self.base_optimizer = base_optimizer
         self.weighting = weighting
         self.measure_every = measure_every
         self.deferred = deferred
+        self.project_step = project_step
         self._shared = None if shared_params is None else self._places(shared_params)
         self._set_up()
 
@@ -197,8 +210,13 @@ class HarmonizedOptimizer(Optimizer):
         """
         progress = self._progress
         progress.is_known = True
-        options = Options(
-            total, retain_graph, backward_fn, accumulate_only, sync_group, self.deferred
+        progress.drop_cleared()
+        options = self._options(
+            total=total,
+            retain_graph=retain_graph,
+            backward_fn=backward_fn,
+            accumulate_only=accumulate_only,
+            sync_group=sync_group,
         )
         roles = self._roles()
         outcome = run(
@@ -286,13 +304,25 @@ class HarmonizedOptimizer(Optimizer):
         self._harmonize_hooks[handle.id] = hook
         return handle
 
+    def register_change_hook(self, hook: ChangeHook) -> RemovableHandle:
+        """Have a hook called after each step, with what the step did to the tasks.
+
+        It is called as ``hook(change)``, with a :class:`ghopt.Change`: inner products of
+        the change of the harmonized parameters and the task gradients. For that the
+        gradients are kept until the step: K + 1 copies. Not called after a step before
+        which nothing was measured. As in torch, hooks are not copied and not pickled.
+
+        Returns:
+            A handle whose ``remove()`` takes the hook away.
+        """
+        handle = RemovableHandle(self._change_hooks)
+        self._change_hooks[handle.id] = hook
+        return handle
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear ``.grad`` as the base optimizer does, and any started accumulation."""
         progress, clear = self._progress, self.base_optimizer.zero_grad
-        progress.forget()
-        progress.value = None
-        if not progress.is_stepping:
-            progress.is_measured = False
+        progress.clear()
         if progress.clears_to is None:
             progress.clears_to = takes(clear, "set_to_none")
         if progress.clears_to:
@@ -417,6 +447,7 @@ class HarmonizedOptimizer(Optimizer):
         """Start without progress and hooks, of which torch expects these six kinds."""
         self._progress = Progress()
         self._harmonize_hooks: OrderedDict[int, HarmonizeHook] = OrderedDict()
+        self._change_hooks: OrderedDict[int, ChangeHook] = OrderedDict()
         self._optimizer_step_pre_hooks = OrderedDict()
         self._optimizer_step_post_hooks = OrderedDict()
         self._optimizer_state_dict_pre_hooks = OrderedDict()
@@ -449,11 +480,16 @@ class HarmonizedOptimizer(Optimizer):
             self.backward(named)
         if closure is None:
             self._warn_of_plain_gradients()
+            self._prepare_base()
+        before = self._before_step(closure)
         args = () if closure is None else (lambda: self._evaluate(closure),)
         progress.is_stepping = True
         try:
             with passing_by(base):
-                return base.step(*args, **options)
+                result = base.step(*args, **options)
+            if before and progress.gradients:
+                self._follow(progress.gradients, before)
+            return result
         finally:
             # What was collected for these weights must not meet the next ones. Not
             # before: the closure may be the last micro-batch, as in Lightning.
@@ -464,6 +500,7 @@ class HarmonizedOptimizer(Optimizer):
         progress = self._progress
         progress.value = None
         progress.values.clear()
+        progress.evaluations += 1
         # Weakly: what the closure clears must not live on through its passes.
         before = {id(g): (weakref.ref(g), g._version) for g in self._grads()}
         with torch.enable_grad():  # as bases do, but for those that leave it to us
@@ -476,6 +513,8 @@ class HarmonizedOptimizer(Optimizer):
                 self.zero_grad()
                 self.backward(losses)
             self._finish()
+        if progress.evaluations == 1:
+            self._prepare_base()
         if progress.value is None:
             self._warn_of_plain_gradients()
             return result
@@ -501,9 +540,63 @@ class HarmonizedOptimizer(Optimizer):
         roles = self._roles()
         # Micro-batches kept as one weighted sum have used the weights of an earlier step.
         is_served = progress.accumulation.is_weighed and progress.steps > 0
-        outcome = finish(roles, self.weighting, progress.accumulation, hooks)
+        options = self._options()
+        outcome = finish(roles, self.weighting, options, progress.accumulation, hooks)
         progress.is_measured |= is_served
         progress.note(outcome, lambda value: mean_over_ranks(value, None, roles.own))
+
+    def _options(self, **given: Any) -> Options:
+        """Complete the options of a call by those of this optimizer."""
+        keep = self.project_step or bool(self._change_hooks)
+        return Options(**given, deferred=self.deferred, keep=keep, protect=self.protect)
+
+    def _before_step(self, closure: Closure | None) -> dict[Tensor, Tensor]:
+        """Copy what a step may change, if it is to be looked at."""
+        if not (self.project_step or self._change_hooks):
+            return {}
+        if any(group.get("maximize") for group in self.param_groups):
+            raise ValueError(
+                "maximize must be False with project_step, and with hooks that look at "
+                "the step: a step up opposes every task. Minimise the negative losses"
+            )
+        kept = self._progress.gradients
+        # The gradients of a closure are not there yet.
+        wanted = kept or (self._roles().harmonized if closure else ())
+        return copied(wanted)
+
+    def _follow(self, gradients: StoredGradients, before: dict[Tensor, Tensor]) -> None:
+        """Project what the base did, and show it to the hooks."""
+        hooks = [*self._change_hooks.values()]
+        if self.project_step:
+            # Shown is what the parameters did, which rounding has a part in.
+            shown = {p: old.clone() for p, old in before.items()} if hooks else {}
+            project_step(gradients, before, self._protected(gradients))
+            before = shown
+        if hooks:
+            change = look(gradients, before)
+            for hook in hooks:
+                hook(change)
+
+    def _prepare_base(self) -> None:
+        """Project the momentum that the base is about to use.
+
+        Raises:
+            ValueError: if a name in ``protect`` is that of no task up to the first step.
+        """
+        known = self._progress.tasks
+        unknown = [name for name in self.protect or () if name not in known]
+        if known and unknown:
+            raise ValueError(
+                f"protect must name tasks, got {unknown}: backward() has seen {[*known]}"
+            )
+        gradients = self._progress.gradients
+        if gradients and self.project_step:
+            project_momentum(gradients, self.base_optimizer, self._protected(gradients))
+
+    def _protected(self, gradients: StoredGradients) -> list[int] | None:
+        """Number the tasks that are protected; None: all."""
+        names = self.protect
+        return None if names is None else numbers_of(names, gradients.names)
 
     def _grads(self) -> list[Tensor]:
         parameters = (parameter for _, parameter in self._placed())
@@ -601,7 +694,14 @@ class HarmonizedOptimizer(Optimizer):
         return frozenset(place for place, p in self._placed() if p in members)
 
 
-_ARGUMENTS = ("base_optimizer", "weighting", "measure_every", "deferred")
+_ARGUMENTS = (
+    "base_optimizer",
+    "weighting",
+    "measure_every",
+    "deferred",
+    "project_step",
+    "protect",
+)
 
 _NO_FUNCTION = (
     "with shared_params some parameters receive the weighted sum, the others the plain sum, "

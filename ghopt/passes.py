@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ghopt.forms import local, placed_as
 from ghopt.gradients import StoredGradients
+from ghopt.gradients.products import accumulate
 from ghopt.ranks import Alone, Ranks
 
 BackwardFn: TypeAlias = Callable[..., object]
@@ -90,18 +91,7 @@ def put_back(
 ) -> None:
     """Leave in ``.grad`` what was there before, and what is added to it."""
     for parameter, grad in zip(parameters, grads, strict=True):
-        parameter.grad = _sum(grad, added.get(parameter))
-
-
-def _sum(grad: Tensor | None, added: Tensor | None) -> Tensor | None:
-    """Add to ``.grad`` as autograd does: in place, where both are dense."""
-    if grad is None or added is None:
-        return added if grad is None else grad
-    has_graph = grad.requires_grad or added.requires_grad
-    if grad.layout is added.layout is torch.strided and not has_graph:
-        return grad.add_(added)
-    # torch adds a sparse tensor to a dense one, not the reverse.
-    return added + grad if grad.is_sparse else grad + added
+        parameter.grad = accumulate(grad, added.get(parameter))
 
 
 class _Watch:

@@ -10,6 +10,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from ghopt.gradients import StoredGradients
 from ghopt.harmonize import Accumulation, Outcome
 from ghopt.losses import weighted_sum
 from ghopt.measuring import Harmonization
@@ -34,6 +35,10 @@ class Progress:
         is_known: whether ``backward`` was ever called, or its absence told.
         clears_to: whether ``zero_grad`` of the base takes ``set_to_none``, once known.
         replicas: the DDP models of this process.
+        evaluations: by a closure, in this step.
+        gradients: of the tasks since the last step, where the step is looked at; of the
+            first evaluation by a closure.
+        tasks: names of all tasks ever measured.
     """
 
     accumulation: Accumulation = field(default_factory=Accumulation)
@@ -46,11 +51,28 @@ class Progress:
     is_known: bool = False
     clears_to: bool | None = None
     replicas: Replicas = field(default_factory=Replicas)
+    evaluations: int = 0
+    gradients: StoredGradients | None = None
+    tasks: set[str] = field(default_factory=set)
 
     def forget(self) -> None:
         """Drop a started accumulation."""
         self.accumulation.forget()
         self.values.clear()
+
+    def clear(self) -> None:
+        """Forget what ``zero_grad`` clears."""
+        self.forget()
+        self.value = None
+        if not self.is_stepping:
+            self.is_measured = False
+            self.gradients = None
+
+    def drop_cleared(self) -> None:
+        """Drop kept gradients of which ``.grad`` was cleared by another ``zero_grad``."""
+        kept = self.gradients
+        if kept and not self.is_stepping and all(p.grad is None for p in kept):
+            self.gradients = None
 
     def note(self, outcome: Outcome, mean: Mean) -> None:
         """Note what a ``backward`` did.
@@ -59,7 +81,12 @@ class Progress:
             outcome: of it.
             mean: takes the mean of a number over the ranks.
         """
+        if outcome.gradients is not None and self.evaluations <= 1:
+            mine = self.gradients
+            new = outcome.gradients
+            self.gradients = new if mine is None else mine.add(new)
         if outcome.found is not None:
+            self.tasks.update(outcome.found.names)
             self.last, self.steps, self.is_measured = outcome.found, 0, True
         elif outcome.reused is not None and not self.accumulation:
             self.is_measured |= outcome.reused is self.last
@@ -89,4 +116,5 @@ class Progress:
         self.forget()
         self.steps += self.is_measured
         self.is_measured = self.is_stepping = False
-        self.value = None
+        self.value = self.gradients = None
+        self.evaluations = 0

@@ -203,6 +203,8 @@ class DeferredGradients:
         self,
         weights: Tensor,
         gramian: Tensor | None = None,  # noqa: ARG002  # float64 cancels well enough
+        *,
+        keep: bool = False,  # noqa: ARG002  # nothing here is spoilt
     ) -> dict[Tensor, Tensor]:
         """See :meth:`ghopt.gradients.TaskGradients.combine`."""
         return {

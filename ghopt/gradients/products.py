@@ -14,7 +14,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from itertools import combinations_with_replacement
 from operator import mul
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, overload
 
 import torch
 import torch.distributed as dist
@@ -152,6 +152,51 @@ def add_with_graph(entries: Entries, weights: Tensor) -> Tensor:
                 for task, grad in entries.items()
             ),
         )
+
+
+@overload
+def accumulate(grad: Tensor | None, more: Tensor) -> Tensor: ...
+
+
+@overload
+def accumulate(grad: Tensor | None, more: Tensor | None) -> Tensor | None: ...
+
+
+def accumulate(grad: Tensor | None, more: Tensor | None) -> Tensor | None:
+    """Add to ``.grad`` as autograd does: in place, where both are dense."""
+    if grad is None or more is None:
+        return more if grad is None else grad
+    has_graph = grad.requires_grad or more.requires_grad
+    if grad.layout is more.layout is torch.strided and not has_graph:
+        return grad.add_(more)
+    # torch adds a sparse tensor to a dense one, not the reverse.
+    return more + grad if grad.is_sparse else grad + more
+
+
+@torch.no_grad()
+def shift(target: Tensor, entries: Entries, weights: Tensor, active: Tensor) -> None:
+    """Add the weighted sum of the gradients of one parameter to another tensor, in place.
+
+    In a wider dtype, rounded once. Where ``active``, a bool scalar, is False no bit
+    changes: not even of a zero with a sign, nor beside a gradient that is not finite.
+    """
+    on_cpu = weights.device.type == "cpu"
+    if on_cpu and not active:
+        return
+    mine = as_real(writable(local(target)))
+    wide = _WIDER.get(mine.dtype, mine.dtype)
+    moved = mine.to(wide)
+    for task, entry in local_entries(entries).items():
+        factor = weights[task].to(mine.device, wide)
+        if entry.layout is not torch.strided:
+            moved = moved + entry.to(wide) * factor
+        elif on_cpu:
+            moved = moved.add(as_real(entry), alpha=float(factor))
+        else:
+            moved = moved + as_real(entry).to(wide) * factor
+    if not on_cpu:
+        moved = torch.where(active.to(mine.device), moved, mine.to(wide))
+    mine.copy_(moved)
 
 
 def local_entries(entries: Entries) -> Entries:

@@ -5,7 +5,7 @@ that were deferred, or both joined. Nothing above asks which.
 """
 
 from collections import defaultdict
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from functools import reduce
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -15,12 +15,14 @@ from ghopt.forms import is_dtensor, shard_groups
 from ghopt.gradients.products import (
     Entries,
     Prepared,
+    accumulate,
     add,
     add_with_graph,
     first_of,
     local_entries,
     multiply,
     prepare,
+    shift,
 )
 from ghopt.losses import check_range
 
@@ -43,13 +45,14 @@ class TaskGradients(Protocol):
         """
 
     def combine(
-        self, weights: Tensor, gramian: Tensor | None = None
+        self, weights: Tensor, gramian: Tensor | None = None, *, keep: bool = False
     ) -> dict[Tensor, Tensor]:
-        """Sum the gradients with weights, in place: they are spoilt.
+        """Sum the gradients with weights, in place: they are spoilt unless ``keep``.
 
         Args:
             weights: shape ``[K]``, float64.
             gramian: what :meth:`gramian` gave of all parameters; saves time.
+            keep: leave the gradients as they are, and take memory of its own for the sums.
 
         Returns:
             The sums by parameter, of those that a task reaches.
@@ -99,7 +102,7 @@ class StoredGradients:
         return multiply(self._parts(set(over)).prepared, len(self.names))
 
     def combine(
-        self, weights: Tensor, gramian: Tensor | None = None
+        self, weights: Tensor, gramian: Tensor | None = None, *, keep: bool = False
     ) -> dict[Tensor, Tensor]:
         """See :meth:`TaskGradients.combine`.
 
@@ -112,6 +115,9 @@ class StoredGradients:
         check_range(weights, (grad.dtype for grad in grads), gramian)
         if any(grad.requires_grad for grad in grads):
             return {p: add_with_graph(e, weights) for p, e in parts.given.items()}
+        if keep:
+            copies = {p: _with_copy(e) for p, e in parts.given.items()}
+            parts = _sorted(copies, len(self.names))
         add(parts.prepared, weights, gramian)
         return {
             # Of a DTensor what was written is the shard.
@@ -120,6 +126,21 @@ class StoredGradients:
             )
             for p, mine in parts.mine.items()
         }
+
+    def add_to(
+        self, targets: Mapping[Tensor, Tensor], weights: Tensor, active: Tensor
+    ) -> None:
+        """Add the weighted sum of the gradients to other tensors, in place.
+
+        Args:
+            targets: one for each parameter, which may be the parameter itself.
+            weights: shape ``[K]``, float64.
+            active: a bool scalar. Where it is False no bit changes, whatever the gradients.
+        """
+        parts = self._all or self._parts()
+        for parameter, entries in parts.given.items():
+            if parameter in targets:
+                shift(targets[parameter], entries, weights, active)
 
     def _parts(self, over: Container[Tensor] | None = None) -> "_Parts":
         """Sort the gradients by parameter, and by what multiplies and adds them."""
@@ -133,16 +154,38 @@ class StoredGradients:
             }
             if entries:
                 given[parameter] = entries
-        mine = {
-            parameter: local_entries(entries) for parameter, entries in given.items()
-        }
-        spread: dict[tuple[ProcessGroup, ...], list[Entries]] = defaultdict(list)
-        for parameter, entries in mine.items():
-            spread[shard_groups(first_of(given[parameter]))].append(entries)
-        prepared = [
-            prepare(groups, part, len(tasks)) for groups, part in spread.items()
-        ]
-        return _Parts(given, mine, prepared)
+        return _sorted(given, len(tasks))
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """List the parameters that a task reaches."""
+        reached = {p for of_task in self._by_task.values() for p in of_task}
+        return (parameter for parameter in self._parameters if parameter in reached)
+
+    def add(self, other: "StoredGradients") -> "StoredGradients":
+        """Add gradients of the same tasks or others, in place; those given are spoilt."""
+        names = dict.fromkeys([*self.names, *other.names])
+        by_task = {name: dict(self._by_task.get(name, {})) for name in names}
+        for name in other.names:
+            for parameter, grad in other[name].items():
+                mine = by_task[name].get(parameter)
+                by_task[name][parameter] = accumulate(mine, grad)
+        parameters = dict.fromkeys([*self._parameters, *other._parameters])
+        return StoredGradients(names, [*parameters], by_task)
+
+
+def _sorted(given: dict[Tensor, Entries], tasks: int) -> "_Parts":
+    """Sort gradients by what multiplies and adds them."""
+    mine = {parameter: local_entries(entries) for parameter, entries in given.items()}
+    spread: dict[tuple[ProcessGroup, ...], list[Entries]] = defaultdict(list)
+    for parameter, entries in mine.items():
+        spread[shard_groups(first_of(given[parameter]))].append(entries)
+    prepared = [prepare(groups, part, tasks) for groups, part in spread.items()]
+    return _Parts(given, mine, prepared)
+
+
+def _with_copy(entries: Entries) -> Entries:
+    """Copy the first entry, in which the sum will be written."""
+    return {**entries, min(entries): first_of(entries).clone()}
 
 
 class _Parts(NamedTuple):
@@ -172,10 +215,10 @@ class JoinedGradients:
         return reduce(lambda total, more: total + more.to(total.device), products)
 
     def combine(
-        self, weights: Tensor, gramian: Tensor | None = None
+        self, weights: Tensor, gramian: Tensor | None = None, *, keep: bool = False
     ) -> dict[Tensor, Tensor]:
         """See :meth:`TaskGradients.combine`."""
         sums: dict[Tensor, Tensor] = {}
         for part in self._parts:
-            sums |= part.combine(weights, gramian)
+            sums |= part.combine(weights, gramian, keep=keep)
         return sums

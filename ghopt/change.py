@@ -1,0 +1,161 @@
+"""The change that a step makes of the parameters: seen, and kept from opposing tasks.
+
+``gh`` promises that the gradient opposes no task. What a base optimizer makes of it is
+another matter: its momentum carries old directions on, and Adam scales each coordinate. So
+here the change itself is projected, and the momentum with it, which would otherwise push
+on, step after step, into what is always cut off.
+
+Each is one row of :func:`ghopt.dual_cone`, on the Gramian of the K task gradients and the
+vector in question.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ghopt.geometry import cosines, dual_cone
+from ghopt.gradients import StoredGradients
+
+MOMENTA = ("exp_avg", "momentum_buffer")
+"""Where a base optimizer keeps an average of its gradients, in ``state[parameter]``."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """What one step did to the harmonized parameters. Reading a value waits for the device.
+
+    Attributes:
+        names: of the tasks whose gradients were measured since the step before.
+        gramian: inner products of their gradients and, in the last row, of the change,
+            over the parameters that a task reaches, shape ``[K + 1, K + 1]``, float64.
+    """
+
+    names: tuple[str, ...]
+    gramian: Tensor
+
+    @property
+    def slopes(self) -> Tensor:
+        """What the step adds to each loss, to first order, shape ``[K]``."""
+        return self.gramian[-1, :-1]
+
+    @property
+    def cosines(self) -> Tensor:
+        """Cosines of the change and each gradient, ``[K]``: above 0 a task is opposed."""
+        return cosines(self.gramian)[-1, :-1]
+
+
+ChangeHook: TypeAlias = Callable[[Change], None]
+"""What :meth:`HarmonizedOptimizer.register_change_hook` takes."""
+
+
+def copied(parameters: Iterable[Tensor]) -> dict[Tensor, Tensor]:
+    """Copy parameters, to know what a step changes."""
+    return {parameter: parameter.detach().clone() for parameter in parameters}
+
+
+def look(gradients: StoredGradients, before: dict[Tensor, Tensor]) -> Change:
+    """See what a step did.
+
+    Args:
+        gradients: of the tasks.
+        before: the parameters before the step. Spoilt.
+    """
+    gramian = _joined(gradients, _descent(gradients, before))
+    # The descent is the change with its sign turned.
+    sign = torch.ones_like(gramian[0])
+    sign[-1] = -1
+    return Change(gradients.names, gramian * sign * sign[:, None])
+
+
+def project_momentum(
+    gradients: StoredGradients, base: Optimizer, protected: Sequence[int] | None = None
+) -> None:
+    """Change the momentum of a base that is about to step, so that it opposes no task.
+
+    The momentum m, where the base keeps one (:data:`MOMENTA`), becomes the nearest vector
+    with ``m . g_k >= 0`` for every protected task k, rounded to its dtype once. Exactly
+    nothing changes where that holds already, or where a gradient is not finite.
+
+    Before the step, on the gradients of this step: after it, on the same gradients, the
+    gain is a third of this on the trainings of ``benchmarks/mtl``, and in Adam's scale
+    no greater.
+
+    Args:
+        gradients: of the tasks.
+        base: about to step.
+        protected: numbers of the tasks that must not be opposed; None: all.
+    """
+    momentum = _momentum(gradients, base)
+    if momentum:
+        multipliers, active = _multipliers(_joined(gradients, momentum), protected)
+        gradients.add_to(momentum, multipliers, active)
+
+
+def project_step(
+    gradients: StoredGradients,
+    before: dict[Tensor, Tensor],
+    protected: Sequence[int] | None = None,
+) -> None:
+    """Change a step that was made as little as it takes to oppose no task.
+
+    With d the change of the parameters that a task reaches, they become what they were
+    plus d*, the nearest to d with ``d* . g_k <= 0`` for every protected task k, rounded to
+    their dtype once. Exactly nothing changes where that holds already, or where a gradient
+    is not finite. No host read on a device.
+
+    Args:
+        gradients: of the tasks.
+        before: the parameters before the step. Spoilt.
+        protected: numbers of the tasks that must not be opposed; None: all.
+    """
+    gramian = _joined(gradients, _descent(gradients, before))
+    multipliers, active = _multipliers(gramian, protected)
+    parameters = {parameter: parameter.detach() for parameter in gradients}
+    gradients.add_to(parameters, -multipliers, active)
+
+
+def _multipliers(
+    gramian: Tensor, protected: Sequence[int] | None
+) -> tuple[Tensor, Tensor]:
+    """Say what to add of each gradient to the last vector of a Gramian, and if at all."""
+    last = len(gramian) - 1
+    kept = range(last) if protected is None else protected
+    multipliers = dual_cone(gramian, [last], kept)[0, :last]
+    return multipliers, (multipliers > 0).any()  # False where one is NaN: then all are
+
+
+def _joined(gradients: StoredGradients, vector: dict[Tensor, Tensor]) -> Tensor:
+    """Take the inner products of the gradients and, in the last row, of a vector."""
+    # By number: a task may have any name.
+    tasks = {str(k): gradients[name] for k, name in enumerate(gradients.names)}
+    like = {p: grad for of_task in tasks.values() for p, grad in of_task.items()}
+    # A base may keep its averages in another dtype.
+    last = {p: values.to(like[p].dtype) for p, values in vector.items()}
+    every = {**tasks, str(len(tasks)): last}
+    return StoredGradients(every, [*gradients], every).gramian()
+
+
+def _descent(
+    gradients: StoredGradients, before: dict[Tensor, Tensor]
+) -> dict[Tensor, Tensor]:
+    """Take the change with its sign turned, as gradients have it, in place."""
+    return {p: before[p].sub_(p.detach()) for p in gradients if p in before}
+
+
+def _momentum(gradients: StoredGradients, base: Optimizer) -> dict[Tensor, Tensor]:
+    """Find what the base keeps as an average of gradients."""
+    found = {}
+    for parameter in gradients:
+        state = base.state.get(parameter, {})
+        for name in MOMENTA:
+            momentum = state.get(name)
+            if isinstance(momentum, Tensor) and momentum.shape == parameter.shape:
+                # Packed integers, as of 8-bit optimizers, are left alone.
+                if momentum.is_floating_point() or momentum.is_complex():
+                    found[parameter] = momentum
+                break
+    return found
