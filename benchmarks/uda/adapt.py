@@ -18,6 +18,7 @@ from torch import nn
 
 from benchmarks.common.extra import bench_extra
 from benchmarks.common.options import positive, whole
+from benchmarks.common.store import append_run, hash_of, read_runs
 from benchmarks.uda.data import Batch
 from benchmarks.uda.data.image_lists import DATA_SETS, Domain, Task, load_task
 from benchmarks.uda.data.images import CROP, batches, normalize, ordered_batches
@@ -27,21 +28,16 @@ from benchmarks.uda.methods.backbones import (
     digest_of,
     load_backbone,
 )
+from benchmarks.uda.methods.gramians import Row, angles, to_rows
 from benchmarks.uda.methods.networks import Networks
 from benchmarks.uda.methods.rules import ALL_RULES
 from benchmarks.uda.methods.steps import ALL_METHODS, SOURCE_ONLY, Config, make_step
-from benchmarks.uda.methods.updates import Harmonized, Record, to_row
-from benchmarks.uda.options import add_device, add_trade_offs
-from benchmarks.uda.paper_table import format_table
-from benchmarks.uda.results import (
-    Kept,
-    Row,
-    angles,
-    append_line,
-    hash_of,
-    read_runs,
-)
-from benchmarks.uda.runs import make_configs
+from benchmarks.uda.methods.updates import harmonized
+from benchmarks.uda.runs.configs import make_configs
+from benchmarks.uda.runs.options import add_device, add_trade_offs
+from benchmarks.uda.runs.records import Run
+from benchmarks.uda.views.paper_table import format_table
+from ghopt import Recorder
 
 # Those of CDAN (Long et al., 2018), whose backbone has a rate of 0.001, and whose code takes
 # 50 004 steps.
@@ -52,8 +48,8 @@ METHODS = tuple(method for method in ALL_METHODS if method != "SSRT")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run(Kept):
-    """What is kept of one run.
+class ImageRun(Run):
+    """What is kept of one run: of images, what they and the trained weights were, too.
 
     Attributes:
         data: the data set; of its domains their lists or folders, the number of images
@@ -102,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         backbone = _describe_backbone(options.backbone, options.weights)
         options.store.parent.mkdir(parents=True, exist_ok=True)
         options.store.touch()
-        known = read_runs(options.store, Run)
+        known = read_runs(options.store, ImageRun)
     except (ImportError, OSError, ValueError) as error:
         parser.error(str(error))
     data = describe_data(task)
@@ -110,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for key, config in zip(keys, configs, strict=True):
         if key not in known:
             run = _run(key, config, task, data, backbone, options)
-            append_line(options.store, run)
+            append_run(options.store, run)
             known[key] = run
     print(
         f"\n{task.name}, {options.backbone}, {options.steps} steps\n\n"
@@ -123,7 +119,7 @@ def key_of(
 ) -> str:
     """Hash what a run is of: the configuration, the images and the weights.
 
-    Neither where these are, nor the code: see ``table3.key_of``.
+    Neither where these are, nor the code: see ``records.key_of``.
     """
     return hash_of(
         config.settings(), data["digests"], backbone["name"], backbone["digest"]
@@ -151,13 +147,13 @@ def train(
         workers: how many processes read images of a domain; 0 for none.
 
     Returns:
-        The evaluations, see :class:`Run`, and the Gramians of the two gradients over
+        The evaluations, see :class:`ImageRun`, and the Gramians of the two gradients over
         the generator, one per harmonized update.
     """
     from tqdm import tqdm
 
-    record = Record()
-    make_update = partial(Harmonized, rule=config.rule, record=record)
+    recorder = Recorder(config.steps * config.inner_steps)
+    make_update = partial(harmonized, rule=config.rule, recorder=recorder)
     step = make_step(config, networks, make_update, backbone.parameters(), task.classes)
     evaluations = []
     stream = batches(task, config.batch_size, config.steps, config.seed, workers)
@@ -166,8 +162,7 @@ def train(
         if config.is_evaluated(done):
             found = evaluate(networks, task.test, config.batch_size, device, workers)
             evaluations.append((done, *found))
-    rows = [to_row(one[0, 0], one[0, 1], one[1, 1]) for one in record.gramians]
-    return evaluations, rows
+    return evaluations, to_rows(recorder.flush().gramians)
 
 
 @torch.no_grad()
@@ -220,7 +215,7 @@ def _run(
     data: dict[str, object],
     backbone: dict[str, object],
     options: argparse.Namespace,
-) -> Run:
+) -> ImageRun:
     """Train once, and say what came of it."""
     networks, trained = build_networks(
         config.method, task.classes, config.seed, options.backbone, options.weights
@@ -239,12 +234,14 @@ def _run(
         f"{config.method}, {config.rule}{weight}, seed {config.seed}: {accuracy:.1f} % "
         f"of the target's images, {class_accuracy:.1f} % in the mean of the classes"
     )
-    return Run(
+    return ImageRun(
         key=key,
         config=config.settings(),
         torch=torch.__version__,
         accuracy=accuracy,
+        errors=[(done, 100 - right) for done, right, _ in evaluations],
         **angles(rows)._asdict(),
+        device=str(options.device),
         data=data,
         backbone=backbone,
         versions={
@@ -257,7 +254,7 @@ def _run(
 
 
 def describe_data(task: Task) -> dict[str, object]:
-    """Say what is kept of a task: see :class:`Run`."""
+    """Say what is kept of a task: see :class:`ImageRun`."""
     domains = {"source": task.source, "target": task.target, "test": task.test}
     return {
         "classes": task.classes,

@@ -7,6 +7,7 @@ errors (9), confusion matrices (10), MMD and max J(W) (11), changed signs (13), 
 
 import argparse
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor
 
 from benchmarks.common.extra import bench_extra
 from benchmarks.common.options import positive
+from benchmarks.common.store import append_run, read_runs
 from benchmarks.uda.data import Task, load_task
-from benchmarks.uda.features import (
+from benchmarks.uda.methods.features import (
     confusion_matrix,
     embed,
     linear_mmd,
@@ -26,12 +28,13 @@ from benchmarks.uda.features import (
 from benchmarks.uda.methods.networks import CLASSES, Networks
 from benchmarks.uda.methods.rules import FLIPS, LAMBDAS, RULES
 from benchmarks.uda.methods.steps import ALL_METHODS, SOURCE_ONLY, Config
-from benchmarks.uda.options import DEMO_STEPS, REAL_STEPS, add_task, find_task
-from benchmarks.uda.plots import SHOWN, draw_all, draw_watched
-from benchmarks.uda.pool import finished
-from benchmarks.uda.results import Balance, Points, Watched, append_line, read_runs
-from benchmarks.uda.runs import key_of
-from benchmarks.uda.train import run
+from benchmarks.uda.runs import configs
+from benchmarks.uda.runs.options import DEMO_STEPS, REAL_STEPS, add_task, find_task
+from benchmarks.uda.runs.pool import finished, start_pool
+from benchmarks.uda.runs.records import Balance, Points, Result, key_of
+from benchmarks.uda.runs.train import run
+from benchmarks.uda.views.feature_plots import SHOWN, draw_watched
+from benchmarks.uda.views.plots import draw_all
 
 DEFAULT_METHODS = ("CDAN+E", "MCD")
 QUICK_STEPS = 20
@@ -46,22 +49,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     name, usual = find_task(options)
     seeds = options.seeds or (1 if options.quick else 3)
     steps = options.steps or (QUICK_STEPS if options.quick else usual)
-    configs = make_configs(name, options.methods, seeds, steps)
+    wanted = make_configs(name, options.methods, seeds, steps)
     store = options.out / "runs.jsonl"
     try:
         with bench_extra():  # now, not after minutes of training
             import matplotlib  # noqa: F401
             import sklearn  # noqa: F401
             import tqdm  # noqa: F401
-        known = read_runs(store, Watched)
-        missing = [one for one in configs if key_of(one) not in known]
+        known = read_runs(store, Result)
+        missing = [one for one in wanted if key_of(one) not in known]
         if missing and not options.show:
             task = load_task(name, options.data, exact=True)
             options.out.mkdir(parents=True, exist_ok=True)
-            for watched in finished(task, missing, watch, options.workers):
-                append_line(store, watched)
-            known = read_runs(store, Watched)
-        runs = whole_seeds(known, configs)
+            with start_pool(task, options.workers) as pool:
+                for watched in finished(pool, missing, watch):
+                    append_run(store, watched)
+            known = read_runs(store, Result)
+        runs = whole_seeds(known, wanted)
     except (ImportError, OSError, ValueError) as error:
         parser.error(str(error))
     paths = [*draw_all(runs, options.out), *draw_watched(runs, options.out)]
@@ -75,15 +79,11 @@ def make_configs(
 ) -> list[Config]:
     """List the runs of all figures, seed by seed."""
     rules = dict.fromkeys([*RULES, *FLIPS, *LAMBDAS.values()])
-    return [
-        Config(task, method, rule, seed, steps)
-        for seed in range(seeds)
-        for method in [SOURCE_ONLY, *methods]
-        for rule in (["sum"] if method == SOURCE_ONLY else rules)
-    ]
+    like = Config(task, SOURCE_ONLY, "sum", 0, steps)
+    return configs.make_configs(like, [SOURCE_ONLY, *methods], rules, seeds, [1.0])
 
 
-def watch(config: Config, task: Task) -> Watched:
+def watch(config: Config, task: Task) -> Result:
     """Train once, and look at the features.
 
     t-SNE, which takes longer than many a run, is for the first seed of the rules that
@@ -119,14 +119,7 @@ def watch(config: Config, task: Task) -> Watched:
                 points.update(embed_domains(features))
 
     result = run(config, task, observe)
-    return Watched(
-        **vars(result),
-        key=key_of(config),
-        torch=torch.__version__,
-        balance=balance,
-        confusion=confusion,
-        points=points,
-    )
+    return replace(result, balance=balance, confusion=confusion, points=points)
 
 
 def embed_domains(domains: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Points]:
@@ -139,18 +132,16 @@ def embed_domains(domains: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Poi
     }
 
 
-def whole_seeds(
-    known: Mapping[str, Watched], configs: Sequence[Config]
-) -> list[Watched]:
+def whole_seeds(known: Mapping[str, Result], wanted: Sequence[Config]) -> list[Result]:
     """Choose the wanted runs of those seeds that have all: what is drawn is paired.
 
     Raises:
         ValueError: if seed 0, the one that t-SNE draws, lacks any.
     """
-    lacking = {one.seed for one in configs if key_of(one) not in known}
+    lacking = {one.seed for one in wanted if key_of(one) not in known}
     if 0 in lacking:
         raise ValueError("the store lacks runs of seed 0: train without --show")
-    return [known[key_of(one)] for one in configs if one.seed not in lacking]
+    return [known[key_of(one)] for one in wanted if one.seed not in lacking]
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -12,24 +12,22 @@ from tempfile import TemporaryDirectory
 
 from benchmarks.common.extra import bench_extra
 from benchmarks.common.options import positive
+from benchmarks.common.store import append_run, read_runs
 from benchmarks.uda.data import DEMO, LARGE, REAL, SIZE, Task, load_task
 from benchmarks.uda.methods.rules import ALL_RULES, FLIPS
 from benchmarks.uda.methods.steps import ALL_METHODS, SOURCE_ONLY, Config
-from benchmarks.uda.options import add_data, add_device, add_trade_offs
-from benchmarks.uda.paper_table import (
+from benchmarks.uda.runs.configs import make_configs
+from benchmarks.uda.runs.options import add_data, add_device, add_trade_offs
+from benchmarks.uda.runs.pool import finished, start_pool
+from benchmarks.uda.runs.records import Run, key_of, summarize
+from benchmarks.uda.runs.train import run
+from benchmarks.uda.views.paper_table import (
     COMPARED,
     NOTES,
     describe_oracle,
     format_layout,
     format_table,
 )
-from benchmarks.uda.pool import finished
-from benchmarks.uda.results import (
-    append_line,
-    read_runs,
-)
-from benchmarks.uda.runs import Run, key_of, make_configs, summarize
-from benchmarks.uda.train import run
 
 STORE = Path(__file__).with_name("table3.jsonl")
 
@@ -105,8 +103,9 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
 
 def train(task: Task, configs: Sequence[Config], store: Path, workers: int) -> None:
     """Train in worker processes; append each run to the store when it is finished."""
-    for result in finished(task, configs, run, workers):
-        append_line(store, summarize(result, task.target.device))
+    with start_pool(task, workers) as pool:
+        for result in finished(pool, configs, run):
+            append_run(store, summarize(result, task.target.device))
 
 
 def _parser() -> argparse.ArgumentParser:

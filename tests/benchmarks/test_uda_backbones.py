@@ -18,10 +18,11 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from benchmarks.common.store import read_runs
 from benchmarks.uda import adapt
 from benchmarks.uda.adapt import (
     METHODS,
-    Run,
+    ImageRun,
     describe_data,
     evaluate,
     key_of,
@@ -42,8 +43,7 @@ from benchmarks.uda.methods.dwl import Balance
 from benchmarks.uda.methods.networks import Networks
 from benchmarks.uda.methods.rules import RULES
 from benchmarks.uda.methods.steps import Config, make_step
-from benchmarks.uda.methods.updates import Harmonized, Record, Update
-from benchmarks.uda.results import read_runs
+from benchmarks.uda.methods.updates import Update, harmonized
 from tests.benchmarks.modules import same, values
 
 # All but one test: the tiny networks have fewer layers than those of the names.
@@ -266,7 +266,7 @@ def test_both_losses_are_harmonized_over_the_backbone_and_the_bottleneck(
 
     def make_update(sgd: SGD, own: Iterable[nn.Parameter]) -> Update:
         shared.extend(own)
-        return Harmonized(sgd, shared, rule="gh", record=Record())
+        return harmonized(sgd, shared, rule="gh")
 
     step = make_step(config, networks, make_update, backbone.parameters(), 12)
     step(Batch(noise(), torch.arange(4), noise()), 0.5)
@@ -469,7 +469,7 @@ def test_the_command_trains_and_keeps_a_line_with_its_settings(
         shown = capsys.readouterr().out
         assert f"CDAN+E, {rule}, seed 0: " in shown
         assert f"visda-2017: train-validation, {backbone}, 2 steps" in shown
-    runs = [*read_runs(store, Run).values()]
+    runs = [*read_runs(store, ImageRun).values()]
     assert len(runs) == len(store.read_text().splitlines()) == 2
     assert [run.backbone["name"] for run in runs] == ["resnet-50", "vit-b16-in21k"]
     assert runs[0].backbone["weights"] == str(weights["resnet"])
@@ -497,7 +497,8 @@ def test_the_command_trains_and_keeps_a_line_with_its_settings(
         }
         assert run.data["images"] == {"source": 24, "target": 12, "test": 12}
         assert run.torch == torch.__version__
-        assert run.versions["device"] == "cpu"
+        assert run.device == run.versions["device"] == "cpu"
+        assert [(*one,) for one in run.errors] == [(2, 100 - run.accuracy)]
         assert list(run.evaluations[-1]) == [2, run.accuracy, run.class_accuracy]
         assert run.obtuse in (0, 50, 100)
         assert None not in (run.cosine, run.ratio)
@@ -513,7 +514,7 @@ def test_a_run_s_accuracies_are_those_after_the_last_step(
     monkeypatch.setattr(adapt, "train", lambda *_: (evaluations, []))
     store = tmp_path / "adapt.jsonl"
     main([*arguments(data, weights["resnet"], store), "--rules", "gh", "--seeds", "1"])
-    (kept,) = read_runs(store, Run).values()
+    (kept,) = read_runs(store, ImageRun).values()
     assert (kept.accuracy, kept.class_accuracy) == (30, 40)
     assert [(*one,) for one in kept.evaluations] == evaluations
 
@@ -656,7 +657,7 @@ def test_the_rules_of_a_seed_differ_only_by_the_rule(
     store = tmp_path / "adapt.jsonl"
     asked = arguments(data, weights["resnet"], store)
     main([*asked, "--rules", *RULES, "--methods", "DANN", "--steps", "1"])
-    runs = read_runs(store, Run).values()
+    runs = read_runs(store, ImageRun).values()
     assert len(runs) == len(RULES)
     # In the first step the reversal's coefficient is 0, and so is the first gradient.
     assert {run.cosine for run in runs} == {0}

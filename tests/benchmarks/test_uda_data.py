@@ -239,8 +239,13 @@ def test_a_file_with_another_checksum_warns_and_names_it(tmp_path: Path) -> None
         pytest.warns(UserWarning, match=r"usps\.npz is not the file") as caught,
         pytest.warns(UserWarning, match=r"mnist\.npz is not the file"),
     ):
-        load_task("usps-mnist", tmp_path)
+        task = load_task("usps-mnist", tmp_path)
     assert caught[0].filename == __file__  # the caller's line, not ours
+    # What is trained on them is kept under other keys.
+    assert task.foreign == tuple(
+        data.digest_of(dict(np.load(tmp_path / f"{name}.npz")))
+        for name in ("usps", "mnist")
+    )
 
 
 @pytest.mark.filterwarnings("ignore:.*is not the file")
@@ -284,6 +289,7 @@ def test_the_real_files_or_stand_ins_have_the_documented_counts(
     assert_documented(task.source, counts["mnist"][0])
     assert_documented(task.test, counts["usps"][1])
     assert len(task.target) == counts["usps"][0]
+    assert task.foreign == ()
     assert set(task.source.labels.tolist()) == set(range(10))
 
 

@@ -21,7 +21,8 @@ from benchmarks.uda.methods.dwl import (
 )
 from benchmarks.uda.methods.networks import Networks, build_networks
 from benchmarks.uda.methods.steps import Config, make_step
-from benchmarks.uda.methods.updates import Harmonized, Record, Update, plain_update
+from benchmarks.uda.methods.updates import Update, harmonized, plain_update
+from ghopt import Recorder
 from tests.benchmarks.modules import gradients
 
 
@@ -204,11 +205,10 @@ def test_the_generator_rests_and_then_the_others_do(batch: Batch) -> None:
 
 def test_a_run_of_dwl_is_harmonized_on_the_generator(batch: Batch) -> None:
     networks = build_networks("DWL", seed=0)
-    record = Record()
-
-    make_update = partial(Harmonized, rule="gh", record=record)
+    recorder = Recorder()
+    make_update = partial(harmonized, rule="gh", recorder=recorder)
     step = make_step(Config("t", "DWL", "gh", 0, 10), networks, make_update)
     step(batch, 0.0)
-    (gramian,) = record.gramians
+    (gramian,) = recorder.flush().gramians
     assert math.isfinite(gramian.sum())
     assert gramian.diagonal().min() > 0

@@ -9,7 +9,7 @@ from scipy.linalg import eigh
 from torch import Tensor
 
 from benchmarks.uda.data import Task
-from benchmarks.uda.features import (
+from benchmarks.uda.methods.features import (
     confusion_matrix,
     embed,
     linear_mmd,

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean
@@ -17,9 +18,9 @@ from matplotlib.patches import Rectangle, StepPatch
 from torch import Tensor
 
 import ghopt
+from benchmarks.common.store import append_run, read_runs
 from benchmarks.uda import figures
 from benchmarks.uda.data import Task
-from benchmarks.uda.features import Seen, linear_mmd, max_j, sample_rows, see
 from benchmarks.uda.figures import (
     embed_domains,
     main,
@@ -27,20 +28,19 @@ from benchmarks.uda.figures import (
     watch,
     whole_seeds,
 )
+from benchmarks.uda.methods.features import Seen, linear_mmd, max_j, sample_rows, see
 from benchmarks.uda.methods.networks import CLASSES, Networks, build_networks
 from benchmarks.uda.methods.rules import ALL_RULES, FLIPS, LAMBDAS, RULES, find_rule
 from benchmarks.uda.methods.steps import Config
-from benchmarks.uda.plots import (
-    BINS,
+from benchmarks.uda.runs.records import Points, Result, key_of
+from benchmarks.uda.runs.train import run
+from benchmarks.uda.views.feature_plots import (
     SHOWN,
     SOURCE,
     TARGET,
-    make_figures,
     make_watched_figures,
 )
-from benchmarks.uda.results import Points, Watched, append_line, read_runs
-from benchmarks.uda.runs import key_of
-from benchmarks.uda.train import run
+from benchmarks.uda.views.plots import BINS, make_figures
 
 CONFIG = Config("noise-noise", "CDAN+E", "gh", seed=0, steps=4, batch_size=8)
 NAMES = {
@@ -49,7 +49,7 @@ NAMES = {
 }
 
 
-def watched_of(config: Config, accuracy: float) -> Watched:
+def watched_of(config: Config, accuracy: float) -> Result:
     """A run that was never trained; its place in the table is in its numbers."""
     sign = -1.0 if config.rule in ("sum", "gh") else 1.0
     pairs = [(1.0, sign, 4.0), (4.0, 1.0, 1.0), (9.0, 1.0, 1.0)]
@@ -58,7 +58,7 @@ def watched_of(config: Config, accuracy: float) -> Watched:
     table[2, 7] = 9 if config.rule == "gh" else 1
     shift = 10.0 * list(RULES).index(config.rule) if config.rule in RULES else 0
     drawn = config.seed == 0 and config.rule in SHOWN
-    return Watched(
+    return Result(
         asdict(config),
         [(0, 90.0), (4, 100 - accuracy)],
         before=[] if config.method == "source-only" else pairs,
@@ -75,7 +75,7 @@ def watched_of(config: Config, accuracy: float) -> Watched:
 
 def all_runs(
     accuracies: dict[str, list[float]], *, source_only: Sequence[float] = (40.0, 42.0)
-) -> list[Watched]:
+) -> list[Result]:
     """Runs of MCD with 50 % but where said, by rule and seed, in no order of seeds."""
     configs = make_configs("a-b", ["MCD"], len(source_only), 4)
     return [
@@ -94,14 +94,19 @@ def in_process(task: Task, monkeypatch: pytest.MonkeyPatch) -> list[Config]:
     """Train on noise in this process; what is trained is listed."""
     trained: list[Config] = []
 
+    def start_pool(given: Task, workers: int) -> nullcontext[Task]:
+        assert workers == 2
+        return nullcontext(given)
+
     def finished(
-        given: Task, configs: Sequence[Config], train: object, workers: int
-    ) -> Iterator[Watched]:
-        assert (given, train, workers) == (task, watch, 2)
+        given: Task, configs: Sequence[Config], train: object
+    ) -> Iterator[Result]:
+        assert (given, train) == (task, watch)
         for config in configs:
             trained.append(config)
             yield watch(config, task)
 
+    monkeypatch.setattr(figures, "start_pool", start_pool)
     monkeypatch.setattr(figures, "finished", finished)
     monkeypatch.setattr(figures, "load_task", lambda *_, **__: task)
     return trained
@@ -238,16 +243,10 @@ def test_the_domains_share_a_plane_and_keep_their_order(
 
 def test_a_watched_run_comes_back_from_the_store(task: Task, tmp_path: Path) -> None:
     store = tmp_path / "runs.jsonl"
-    assert read_runs(store, Watched) == {}
     watched = watch(CONFIG, task)
-    append_line(store, watched)
-    again = read_runs(store, Watched)[key_of(CONFIG)]
+    append_run(store, watched)
+    again = read_runs(store, Result)[key_of(CONFIG)]
     assert json.dumps(asdict(again)) == json.dumps(asdict(watched))
-    store.write_text(store.read_text()[:-9])
-    assert read_runs(store, Watched) == {}
-    store.write_text('{"a": 1}\n')
-    with pytest.raises(ValueError, match="store must hold runs"):
-        read_runs(store, Watched)
 
 
 def test_only_whole_seeds_are_drawn() -> None:
@@ -271,7 +270,7 @@ def test_the_command_trains_what_is_missing_and_draws_whole_seeds(
 ) -> None:
     drawn: list[int] = []
 
-    def note(runs: Sequence[Watched], directory: Path) -> list[Path]:
+    def note(runs: Sequence[Result], directory: Path) -> list[Path]:
         drawn.append(len(runs))
         return [directory / f"{len(drawn)}.png"]
 
@@ -311,7 +310,7 @@ def test_the_defaults_are_those_of_the_help(
 ) -> None:
     asked: list[Config] = []
 
-    def note(_: object, configs: Sequence[Config]) -> list[Watched]:
+    def note(_: object, configs: Sequence[Config]) -> list[Result]:
         asked.extend(configs)
         raise ValueError("enough")
 
@@ -350,7 +349,7 @@ def test_the_quick_command_draws_all_figures_in_worker_processes(
     main(["--quick", "--steps", "2", "--methods", "CDAN+E", "--out", str(tmp_path)])
     assert {path.name for path in tmp_path.iterdir()} == NAMES | {"runs.jsonl"}
     configs = [
-        one.config for one in read_runs(tmp_path / "runs.jsonl", Watched).values()
+        one.config for one in read_runs(tmp_path / "runs.jsonl", Result).values()
     ]
     assert {(one["seed"], one["steps"], one["task"]) for one in configs} == {
         (0, 2, "mnist5k-digits")

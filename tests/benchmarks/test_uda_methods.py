@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 import ghopt
-from benchmarks.uda import train
 from benchmarks.uda.data import Batch, Task, batches
 from benchmarks.uda.methods import (
     Losses,
@@ -42,12 +41,14 @@ from benchmarks.uda.methods.steps import (
     make_step,
 )
 from benchmarks.uda.methods.updates import (
-    Harmonized,
-    Record,
     Update,
+    harmonized,
+    looking_at_unrelated,
     plain_update,
     unrelated_gramians,
 )
+from benchmarks.uda.runs import train
+from ghopt import Recorder
 from tests.benchmarks.modules import gradients, same, values
 
 
@@ -326,14 +327,15 @@ def test_step_c_of_mcd_leaves_the_heads_and_their_gradients_alone(
     networks = build_networks("MCD", seed=0)
     generator, heads = values(networks.generator), values(networks.heads)
     sgd = SGD(networks.generator.parameters(), lr=0.1)
-    record = Record()
-    update = Harmonized(sgd, networks.generator.parameters(), rule=rule, record=record)
+    recorder = Recorder()
+    shared = networks.generator.parameters()
+    update = harmonized(sgd, shared, rule=rule, recorder=recorder)
     losses = partial(mcd_losses, networks, batch, 1.0)
     generator_step(networks, update, losses, times=2)
     assert same(heads, values(networks.heads))
     assert all(p.grad is None and p.requires_grad for p in networks.heads.parameters())
     assert not same(generator, values(networks.generator))
-    assert len(record.gramians) == 2
+    assert recorder.count == 2
 
 
 def test_a_step_of_mcd_is_its_three_steps_taken_literally(batch: Batch) -> None:
@@ -381,10 +383,13 @@ def test_the_sum_of_the_wrapper_trains_like_the_plain_sum(
 ) -> None:
     config = Config(task.name, method, "sum", seed=0, steps=4, batch_size=8)
     trained = []
-    for make_update in (
-        plain_update,
-        partial(Harmonized, rule="sum", record=Record(), null_every=2),
-    ):
+    looking = partial(
+        looking_at_unrelated,
+        make_update=partial(harmonized, rule="sum"),
+        null=[],
+        every=2,
+    )
+    for make_update in (plain_update, looking):
         networks = build_networks(method, seed=0)
         step = make_step(config, networks, make_update)
         for done, batch in enumerate(batches(task, 8, 4, seed=0)):
@@ -404,10 +409,12 @@ def test_the_recorded_gramian_is_that_of_the_gradients_over_the_generator(
         for loss in losses
     ]
     jacobian = torch.stack(rows).double()
-    record = Record()
+    recorder = Recorder()
     sgd = SGD(networks.parameters(), lr=0.1)
-    Harmonized(sgd, networks.generator.parameters(), rule="gh", record=record)(losses)
-    torch.testing.assert_close(record.gramians[0], jacobian @ jacobian.T)
+    shared = networks.generator.parameters()
+    harmonized(sgd, shared, rule="gh", recorder=recorder)(losses)
+    (gramian,) = recorder.flush().gramians
+    torch.testing.assert_close(gramian, jacobian @ jacobian.T)
 
 
 def test_heads_and_discriminator_get_the_plain_sum_under_every_rule(
@@ -423,7 +430,7 @@ def test_heads_and_discriminator_get_the_plain_sum_under_every_rule(
         )
         sgd = SGD(networks.parameters(), lr=0.1)
         shared = networks.generator.parameters()
-        Harmonized(sgd, shared, rule=rule, record=Record())(opposed)
+        harmonized(sgd, shared, rule=rule)(opposed)
         trained[rule] = networks
     for rule in ("gh", "ghpp", "ghpp_printed"):
         for part in ("heads", "discriminator"):

@@ -2,7 +2,9 @@
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,28 +14,24 @@ from torch.optim import SGD
 
 import ghopt
 from benchmarks.common.statistics import paired_difference
-from benchmarks.uda import plots, timing, train
+from benchmarks.common.store import append_run, read_runs
+from benchmarks.uda import __main__ as job
+from benchmarks.uda import plots, timing
 from benchmarks.uda.__main__ import main, make_configs
 from benchmarks.uda.data import Task, batches
 from benchmarks.uda.methods import Losses, dann_losses
+from benchmarks.uda.methods.gramians import Row, cosines, norm_ratios, obtuse_share
 from benchmarks.uda.methods.networks import Networks, build_networks
 from benchmarks.uda.methods.rules import RULES, find_rule
 from benchmarks.uda.methods.steps import ALL_METHODS, METHODS, Config, Step
 from benchmarks.uda.methods.updates import MakeUpdate, Update, plain_update
-from benchmarks.uda.plots import draw_all
-from benchmarks.uda.results import (
-    Result,
-    Row,
-    cosines,
-    norm_ratios,
-    obtuse_share,
-    read_results,
-    write_results,
-)
-from benchmarks.uda.table import COLUMNS, format_table, verdict
-from benchmarks.uda.timing import time_ratios
-from benchmarks.uda.train import run
-from benchmarks.uda.train import test_error as error_on
+from benchmarks.uda.runs import cost, train
+from benchmarks.uda.runs.cost import WARM_UPS, time_ratios
+from benchmarks.uda.runs.records import Result, key_of
+from benchmarks.uda.runs.train import run
+from benchmarks.uda.runs.train import test_error as error_on
+from benchmarks.uda.views.plots import draw_all
+from benchmarks.uda.views.table import COLUMNS, format_table, verdict
 from tests.benchmarks.modules import same, values
 
 
@@ -55,6 +53,13 @@ def results(**accuracies: list[float]) -> list[Result]:
         for rule, by_seed in accuracies.items()
         for seed, accuracy in sorted(enumerate(by_seed), reverse=rule == "sum")
     ]
+
+
+def keep(folder: Path, runs: Iterable[Result]) -> Path:
+    path = folder / "results.jsonl"
+    for one in runs:
+        append_run(path, one)
+    return path
 
 
 def test_the_difference_is_paired_by_seed() -> None:
@@ -164,14 +169,23 @@ def test_cosines_and_ratios_are_those_of_the_gradients() -> None:
 
 
 def test_results_survive_the_file(tmp_path: Path) -> None:
-    runs = results(sum=[50.0, 51.0], gh=[52.0, 53.0])
-    path = tmp_path / "results.jsonl"
-    write_results(path, runs)
-    assert len(path.read_text().splitlines()) == 4
-    again = read_results(path)
-    assert [one.config for one in again] == [one.config for one in runs]
-    assert [one.accuracy for one in again] == [one.accuracy for one in runs]
-    assert cosines(again[0].before).equal(cosines(runs[0].before))
+    path = keep(tmp_path, results(sum=[50.0, 51.0], gh=[52.0, 53.0]))
+    again = read_runs(path, Result)
+    for one in results(sum=[50.0, 51.0], gh=[52.0, 53.0]):
+        assert again[one.key].config == one.config
+        assert again[one.key].accuracy == one.accuracy
+        assert cosines(again[one.key].before).equal(cosines(one.before))
+    assert len(again) == 4
+
+
+def test_a_line_of_old_has_the_key_of_its_settings(tmp_path: Path) -> None:
+    config = Config("a-b", "DANN", "gh", seed=1, steps=3)
+    path = keep(tmp_path, [Result(config.settings(), [(3, 40.0)], [], [], [])])
+    line = json.loads(path.read_text())
+    for name in ("key", "torch", "balance", "confusion", "points"):
+        del line[name]
+    path.write_text(f"{json.dumps(line)}\n")
+    assert read_runs(path, Result).keys() == {key_of(config)}
 
 
 def test_plots_are_drawn_from_stored_results_even_of_a_diverged_run(
@@ -179,15 +193,18 @@ def test_plots_are_drawn_from_stored_results_even_of_a_diverged_run(
 ) -> None:
     runs = results(**{rule: [50.0, 51.0] for rule in RULES})
     runs[0].before.append((math.nan, math.nan, math.nan))
-    write_results(tmp_path / "results.jsonl", runs)
-    paths = draw_all(read_results(tmp_path / "results.jsonl"), tmp_path)
-    for path in paths:
+    kept = read_runs(keep(tmp_path, runs), Result)
+    for path in draw_all([*kept.values()], tmp_path):
         assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_plots_command_draws_what_a_folder_holds(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    drawn: list[list[Result]] = []
+    monkeypatch.setattr(plots, "draw_all", lambda runs, _: drawn.append(runs))
     for arguments, message in (
         ([], "required: folder"),
         ([str(tmp_path)], "No such file"),
@@ -196,15 +213,24 @@ def test_the_plots_command_draws_what_a_folder_holds(
             plots.main(arguments)
         assert message in capsys.readouterr().err
     path = tmp_path / "results.jsonl"
-    for text, message in (("", "has no run"), ("{", "Expecting"), ("{}\n", "missing")):
+    for text, message in (("", "has no run"), ("{\n", "line 1"), ("{}\n", "line 1")):
         path.write_text(text)
         with pytest.raises(SystemExit):
             plots.main([str(tmp_path)])
         assert message in capsys.readouterr().err
+    path.unlink()
     runs = results(**{rule: [50.0, 51.0] for rule in RULES})
-    write_results(path, runs)
+    longer = [replace(one, config={**one.config, "steps": 9}, key="") for one in runs]
+    for one in [*longer, *runs[:-1]]:
+        append_run(path, one)
+    # A job of other steps is another; this one was killed before its last run.
+    with pytest.raises(SystemExit):
+        plots.main([str(tmp_path)])
+    assert "lacks some: python -m benchmarks.uda" in capsys.readouterr().err
+    append_run(path, runs[-1])
     plots.main([str(tmp_path)])
-    assert (tmp_path / "cosines.png").exists()
+    ((*found,),) = drawn
+    assert [one.key for one in found] == [one.key for one in runs]
 
 
 def config(task: Task, method: str, rule: str) -> Config:
@@ -313,15 +339,15 @@ def test_times_are_medians_and_relative_to_the_plain_step_of_the_round(
                 nonlocal now, done
                 del losses
                 done += 1
-                warm = done > timing.WARM_UPS
-                last = done == timing.WARM_UPS + rounds
+                warm = done > WARM_UPS
+                last = done == WARM_UPS + rounds
                 now += (cost if warm else 7 / cost) * (5 if last else 1)
 
             return update
 
         return make
 
-    monkeypatch.setattr(timing, "plain_update", slow(1))
+    monkeypatch.setattr(cost, "plain_update", slow(1))
     monkeypatch.setattr("time.process_time", lambda: now)
     updates = {"three": slow(3), "ten": slow(10)}
     plain, ratios = time_ratios(task, "DANN", updates, rounds)
@@ -349,7 +375,7 @@ def test_a_timed_update_trains_networks_of_its_own_on_the_same_batches(
     time_ratios(task, "GVB", {"a": watch, "b": watch}, rounds=2)
     assert len(seen) == 2
     assert seen[0] == seen[1]
-    assert len(set(seen[0])) == timing.WARM_UPS + 2
+    assert len(set(seen[0])) == WARM_UPS + 2
 
 
 def test_what_a_step_costs_is_printed_for_each_method(
@@ -366,7 +392,7 @@ def test_what_a_step_costs_is_printed_for_each_method(
 def test_a_timed_rule_is_the_rule_of_its_name(task: Task) -> None:
     batch = next(batches(task, 8, 1, seed=0))
     trained = {}
-    for rule, make_update in timing.harmonized("sum", "gh", "ghpp").items():
+    for rule, make_update in cost.updates_of("sum", "gh", "ghpp").items():
         networks = build_networks("DANN", seed=0).eval()
         losses = dann_losses(networks, batch, 1.0, 1.0)
         sgd = SGD(networks.parameters(), lr=0.1)
@@ -409,7 +435,7 @@ def test_three_passes_weigh_the_losses_for_all_parameters(task: Task) -> None:
     weighed = (1 - d / a) * losses.alignment + (1 - d / b) * losses.classification
     torch.autograd.backward(weighed)
     sgd = SGD(found.parameters(), lr=0.0)
-    timing.three_passes(sgd, found.generator.parameters())(opposed(found))
+    cost.three_passes(sgd, found.generator.parameters())(opposed(found))
     for one, other in zip(found.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad)
 
@@ -435,6 +461,56 @@ def test_the_command_names_what_is_wrong(
     with pytest.raises(SystemExit):
         main(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_the_command_trains_what_its_store_lacks(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    task: Task,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    trained: list[Config] = []
+    data = [task]
+    ratios = {name: dict.fromkeys(RULES, 1.0) for name in METHODS}
+
+    def finished(
+        given: Task, configs: Sequence[Config], train: object
+    ) -> Iterator[Result]:
+        assert train is run
+        for config in configs:
+            trained.append(config)
+            yield run(replace(config, batch_size=8), given)
+
+    def keyed(config: Config, **foreign: object) -> str:
+        return key_of(replace(config, batch_size=8), **foreign)  # type: ignore[arg-type]  # by name
+
+    monkeypatch.setattr(job, "load_task", lambda *_: data[-1])
+    monkeypatch.setattr(job, "start_pool", nullcontext)
+    monkeypatch.setattr(job, "timed", lambda *_: ratios)
+    monkeypatch.setattr(job, "finished", finished)
+    monkeypatch.setattr(job, "key_of", keyed)
+    monkeypatch.setattr(job, "draw_all", lambda *_: [])
+    asked = ["--steps", "2", "--out", str(tmp_path), "--seeds"]
+    main([*asked, "1"])
+    assert len(trained) == 13
+    first = capsys.readouterr().out
+    assert first.startswith("\nmnist5k-digits\n")
+    store = tmp_path / "results.jsonl"
+    store.write_text(store.read_text()[:-9])  # killed while it wrote
+    main([*asked, "1"])
+    assert trained[13:] == trained[12:13]
+    again = capsys.readouterr().out
+    assert again == f"12 of 13 runs are in {store}\n{first}"
+    main([*asked, "2"])
+    assert {one.seed for one in trained[14:]} == {1}
+    # The longest first.
+    assert [one.method for one in trained[14:]] == (
+        4 * ["MCD"] + 4 * ["CDAN+E"] + 4 * ["DANN"] + ["source-only"]
+    )
+    # Files that are not those of the README are other runs.
+    data.append(replace(task, foreign=("1",)))
+    main([*asked, "1"])
+    assert len(trained) == 40
 
 
 @pytest.mark.slow

@@ -29,9 +29,14 @@ from benchmarks.uda.methods.ssrt import (
     ssrt_losses,
 )
 from benchmarks.uda.methods.steps import Config, make_step, safe_interval
-from benchmarks.uda.methods.updates import Harmonized, Record, plain_update
+from benchmarks.uda.methods.updates import (
+    harmonized,
+    looking_at_unrelated,
+    plain_update,
+)
 from benchmarks.uda.methods.vit import VisionTransformer
-from benchmarks.uda.train import run
+from benchmarks.uda.runs.train import run
+from ghopt import Recorder
 from tests.benchmarks.modules import gradients, same, values
 
 
@@ -441,7 +446,7 @@ def test_a_short_run_still_looks_ten_times() -> None:
 def test_training_learns_the_source(task: Task) -> None:
     config = Config(task.name, "SSRT", "gh", seed=0, steps=15, batch_size=8)
     networks = build_networks("SSRT", 0)
-    step = make_step(config, networks, partial(Harmonized, rule="gh", record=Record()))
+    step = make_step(config, networks, partial(harmonized, rule="gh"))
     few = Split(task.source.images[:8], task.source.labels[:8])
 
     def right() -> int:
@@ -458,8 +463,9 @@ def test_the_pair_of_losses_meets_on_the_transformer(
     networks: Networks, batch: Batch
 ) -> None:
     config = Config("noise-noise", "SSRT", "gh", seed=0, steps=16, batch_size=8)
-    record = Record()
-    step = make_step(config, networks, partial(Harmonized, rule="gh", record=record))
+    recorder = Recorder()
+    make_update = partial(harmonized, rule="gh", recorder=recorder)
+    step = make_step(config, networks, make_update)
     step(batch, 0.0)
     torch.manual_seed(3)
     # What the second step will see: reversal and refinement have begun.
@@ -473,17 +479,21 @@ def test_the_pair_of_losses_meets_on_the_transformer(
     ).double()
     torch.manual_seed(3)
     step(batch, 0.5)
-    assert record.gramians[1].diagonal().min() > 0
-    torch.testing.assert_close(record.gramians[1], jacobian @ jacobian.T)
+    gramian = recorder.flush().gramians[1]
+    assert gramian.diagonal().min() > 0
+    torch.testing.assert_close(gramian, jacobian @ jacobian.T)
 
 
 def test_the_sum_of_the_wrapper_trains_like_the_plain_sum(task: Task) -> None:
     config = Config(task.name, "SSRT", "sum", seed=0, steps=4, batch_size=8)
     trained = []
-    for make_update in (
-        plain_update,
-        partial(Harmonized, rule="sum", record=Record(), null_every=2),
-    ):
+    looking = partial(
+        looking_at_unrelated,
+        make_update=partial(harmonized, rule="sum"),
+        null=[],
+        every=2,
+    )
+    for make_update in (plain_update, looking):
         networks = build_networks("SSRT", seed=0)
         step = make_step(config, networks, make_update)
         for done, batch in enumerate(batches(task, 8, 4, seed=0)):

@@ -13,20 +13,22 @@ import pytest
 import torch
 
 from benchmarks.common.statistics import interval
-from benchmarks.uda import paper_table, table3
+from benchmarks.common.store import append_run, hash_of, read_runs
+from benchmarks.uda import table3
 from benchmarks.uda.data import SHA256, Task
 from benchmarks.uda.methods.rules import ALL_RULES
 from benchmarks.uda.methods.steps import ALL_METHODS, REVISIONS, Config
-from benchmarks.uda.paper_table import (
+from benchmarks.uda.runs.configs import make_configs
+from benchmarks.uda.runs.records import Result, Run, key_of, summarize
+from benchmarks.uda.runs.train import run
+from benchmarks.uda.table3 import BATCH, RATE, main, train
+from benchmarks.uda.views import paper_table
+from benchmarks.uda.views.paper_table import (
     PAPER,
     describe_oracle,
     format_layout,
     format_table,
 )
-from benchmarks.uda.results import Result, append_line, hash_of, read_runs
-from benchmarks.uda.runs import Run, key_of, make_configs, summarize
-from benchmarks.uda.table3 import BATCH, RATE, main, train
-from benchmarks.uda.train import run
 
 CONFIG = Config("usps-mnist", "DANN", "sum", seed=0, steps=7, batch_size=8)
 
@@ -183,29 +185,6 @@ def test_the_selected_accuracy_is_that_of_the_least_source_error_the_last_such()
 # The store.
 
 
-def test_finished_runs_come_back_and_an_unfinished_line_is_begun_anew(
-    tmp_path: Path,
-) -> None:
-    store = tmp_path / "runs.jsonl"
-    assert read_runs(store, Run) == {}
-    one, other = run_of(seed=0), run_of(seed=1)
-    append_line(store, one)
-    append_line(store, other)
-    assert read_runs(store, Run) == {one.key: one, other.key: other}
-    store.write_text(store.read_text()[:-30])  # killed while it wrote
-    assert read_runs(store, Run) == {one.key: one}
-    append_line(store, other)
-    assert read_runs(store, Run) == {one.key: one, other.key: other}
-
-
-def test_a_store_of_something_else_is_refused(tmp_path: Path) -> None:
-    store = tmp_path / "runs.jsonl"
-    append_line(store, run_of())
-    store.write_text(f'{store.read_text()}{{"a": 1}}\n')
-    with pytest.raises(ValueError, match=r"got .*runs\.jsonl with .* in its line 2"):
-        read_runs(store, Run)
-
-
 def test_runs_are_trained_and_appended(task: Task, tmp_path: Path) -> None:
     store = tmp_path / "runs.jsonl"
     configs = [CONFIG, replace(CONFIG, rule="minus_alignment")]
@@ -233,7 +212,7 @@ def test_only_what_the_store_lacks_is_trained(
         trained.extend(configs)
         for config in configs:
             kept = run_of()
-            append_line(where, replace(kept, key=key_of(config), config=asdict(config)))
+            append_run(where, replace(kept, key=key_of(config), config=asdict(config)))
 
     monkeypatch.setattr(table3, "train", note)
     monkeypatch.setattr(table3, "load_task", lambda *_, **__: task)
@@ -261,7 +240,7 @@ def test_a_quick_run_needs_no_data_and_leaves_nothing(
         assert task.validation is None
         trained.extend(configs)
         stores.append(store)
-        append_line(store, replace(run_of(), key=key_of(configs[0])))
+        append_run(store, replace(run_of(), key=key_of(configs[0])))
 
     monkeypatch.setattr(table3, "train", note)
     store = tmp_path / "runs.jsonl"
@@ -286,7 +265,7 @@ def test_runs_of_other_settings_are_not_in_the_table(
     for settings, accuracy in (({}, 51.0), ({"lr": 0.5}, 99.0), ({"steps": 8}, 99.0)):
         other = replace(config, **settings)
         kept = run_of(accuracy=accuracy)
-        append_line(store, replace(kept, key=key_of(other), config=asdict(other)))
+        append_run(store, replace(kept, key=key_of(other), config=asdict(other)))
     asked = ["--tasks", "usps-mnist", "--methods", "source-only", "--steps", "7"]
     main([*asked, "--show", "--store", str(store)])
     shown = capsys.readouterr().out
@@ -319,8 +298,10 @@ def test_what_is_trained_is_where_it_was_asked_for(
     def note(task: Task, configs: list[Config], store: Path, _workers: int) -> None:
         given.append(task.target.device)
         for config in configs:
-            result = Result(config.settings(), [(0, 90.0)], [], [], [])
-            append_line(store, summarize(result, task.target.device))
+            device, settings = task.target.device, config.settings()
+            key = key_of(config, device)
+            result = Result(settings, [(0, 90.0)], [], [], [], key=key)
+            append_run(store, summarize(result, device))
 
     monkeypatch.setattr(table3, "train", note)
     monkeypatch.setattr(table3, "load_task", lambda *_, **__: task)
@@ -363,7 +344,7 @@ def test_differences_can_be_those_of_the_selected_steps(
     for rule, last, selected in (("sum", 50.0, 41.0), ("gh", 53.0, 48.5)):
         config = replace(base, rule=rule)
         kept = replace(run_of(rule, accuracy=last), selected=selected)
-        append_line(store, replace(kept, key=key_of(config), config=config.settings()))
+        append_run(store, replace(kept, key=key_of(config), config=config.settings()))
     asked = ["--tasks", "usps-mnist", "--methods", "DANN", "--steps", "7", "--show"]
     asked += ["--store", str(store)]
     main(asked)
@@ -474,7 +455,7 @@ def test_a_run_with_a_changed_sign_has_no_part_in_that(
     for rule, best in (("sum", 49.0), ("minus_alignment", 9.0)):
         config = replace(base, rule=rule)
         kept = replace(run_of(rule, accuracy=50), errors=[(3, best), (7, 50.0)])
-        append_line(store, replace(kept, key=key_of(config), config=asdict(config)))
+        append_run(store, replace(kept, key=key_of(config), config=asdict(config)))
     asked = ["--tasks", "usps-mnist", "--methods", "DANN", "--steps", "7", "--show"]
     main([*asked, "--store", str(store)])
     assert "would add 1.0 points in the mean, 1.0 at most" in capsys.readouterr().out
@@ -490,7 +471,7 @@ def test_the_store_s_folder_is_made_before_the_training(
 ) -> None:
     monkeypatch.setattr(table3, "load_task", lambda *_, **__: task)
     monkeypatch.setattr(
-        table3, "train", lambda _task, _configs, store, _: append_line(store, run_of())
+        table3, "train", lambda _task, _configs, store, _: append_run(store, run_of())
     )
     store = tmp_path / "not" / "yet" / "runs.jsonl"
     main(["--tasks", "usps-mnist", "--methods", "DANN", "--store", str(store)])

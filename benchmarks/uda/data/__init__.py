@@ -75,6 +75,7 @@ class Task:
             evaluation only.
         validation: labeled images of the source domain, disjoint from ``source``: by
             them one may choose among models. None if there are none.
+        foreign: hashes of files that are not those of the README's figures.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Task:
     target: Tensor
     test: Split
     validation: Split | None = None
+    foreign: tuple[str, ...] = ()
 
     def to(self, device: torch.device) -> "Task":
         """Return the same task with all its tensors on a device."""
@@ -143,9 +145,9 @@ def load_task(
     if directory is None:
         raise ValueError(f"Invalid directory value: None ({name} needs --data DIR)")
     source_name, target_name = name.split("-")
-    source, validation = _read_domain(source_name, directory, size, exact)
-    target, test = _read_domain(target_name, directory, size, exact)
-    return Task(name, source, target.images, test, validation)
+    source, validation, others = _read_domain(source_name, directory, size, exact)
+    target, test, more = _read_domain(target_name, directory, size, exact)
+    return Task(name, source, target.images, test, validation, others + more)
 
 
 def batches(task: Task, size: int, steps: int, seed: int) -> Iterator[Batch]:
@@ -212,15 +214,19 @@ def _digits(size: int) -> tuple[Split, Split]:
 
 def _read_domain(
     name: str, directory: Path, size: int, exact: bool
-) -> tuple[Split, Split]:
-    """Training and test split of a domain that is in files."""
+) -> tuple[Split, Split, tuple[str, ...]]:
+    """Training and test split of a domain that is in files, hashes of foreign files."""
     if name == "svhn":
-        train, test = (directory / file for file in MD5)
-        return _read_mat(train, size, exact), _read_mat(test, size, exact)
+        first, second = (directory / file for file in MD5)
+        train, others = _read_mat(first, size, exact)
+        test, more = _read_mat(second, size, exact)
+        return train, test, others + more
     return _read_npz(directory / f"{name}.npz", size, exact)
 
 
-def _read_npz(path: Path, size: int, exact: bool) -> tuple[Split, Split]:
+def _read_npz(
+    path: Path, size: int, exact: bool
+) -> tuple[Split, Split, tuple[str, ...]]:
     """Training and test split of a file of README's table."""
     with bench_extra():
         import numpy as np
@@ -228,7 +234,7 @@ def _read_npz(path: Path, size: int, exact: bool) -> tuple[Split, Split]:
     with np.load(path) as archive:
         _check_arrays(path, ARRAYS, archive)
         arrays = {name: archive[name] for name in ARRAYS}
-        _compare(path, "sha256", digest_of(arrays), SHA256[path.name], exact)
+        foreign = _compare(path, "sha256", digest_of(arrays), SHA256[path.name], exact)
         train, test = (
             Split(
                 _scale(torch.from_numpy(arrays[f"x_{part}"]), 255, size),
@@ -236,16 +242,16 @@ def _read_npz(path: Path, size: int, exact: bool) -> tuple[Split, Split]:
             )
             for part in ("train", "test")
         )
-    return train, test
+    return train, test, foreign
 
 
-def _read_mat(path: Path, size: int, exact: bool) -> Split:
+def _read_mat(path: Path, size: int, exact: bool) -> tuple[Split, tuple[str, ...]]:
     """One split of SVHN: in colours, which become grey; its label 10 is the digit 0."""
     with bench_extra():
         from scipy.io import loadmat
     _check_file(path)
     found = hashlib.md5(path.read_bytes()).hexdigest()
-    _compare(path, "md5", found, MD5[path.name], exact)
+    foreign = _compare(path, "md5", found, MD5[path.name], exact)
     arrays = loadmat(path)
     _check_arrays(path, ("X", "y"), arrays)
     colors = torch.from_numpy(arrays["X"]).permute(3, 0, 1, 2)
@@ -256,7 +262,7 @@ def _read_mat(path: Path, size: int, exact: bool) -> Split:
         for chunk in torch.split(colors, 5000)
     ]
     labels = torch.from_numpy(arrays["y"]).view(-1).long() % 10
-    return Split(_scale(torch.cat(grey), 255, size), labels)
+    return Split(_scale(torch.cat(grey), 255, size), labels), foreign
 
 
 def digest_of(arrays: Mapping[str, "np.ndarray"]) -> str:
@@ -283,10 +289,12 @@ def _check_arrays(path: Path, names: Iterable[str], arrays: Iterable[str]) -> No
         )
 
 
-def _compare(path: Path, algorithm: str, found: str, digest: str, exact: bool) -> None:
-    """See that a file is the one that it should be."""
+def _compare(
+    path: Path, algorithm: str, found: str, digest: str, exact: bool
+) -> tuple[str, ...]:
+    """See that a file is the one that it should be; give its hash if it is not."""
     if found == digest:
-        return
+        return ()
     message = (
         f"{path} is not the file that this benchmark was written with: its "
         f"{algorithm} is {found}, not {digest}"
@@ -294,3 +302,4 @@ def _compare(path: Path, algorithm: str, found: str, digest: str, exact: bool) -
     if exact:
         raise ValueError(message)
     warnings.warn(message, stacklevel=5)
+    return (found,)

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from benchmarks.uda.data import Batch
-from benchmarks.uda.features import linear_mmd, max_j
 from benchmarks.uda.methods import (
     Losses,
     classification_loss,
@@ -26,6 +25,7 @@ from benchmarks.uda.methods import (
     domain_loss,
     probabilities_of,
 )
+from benchmarks.uda.methods.features import linear_mmd, max_j
 from benchmarks.uda.methods.networks import Networks
 
 CONFUSION = 0.2

@@ -1,7 +1,7 @@
 """What a step does with its pair of losses: harmonize it, or sum it as a reference."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from itertools import count
 from typing import TypeAlias
 
 import torch
@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from benchmarks.uda.methods import Losses
+from benchmarks.uda.methods.gramians import Row, to_row
 from benchmarks.uda.methods.rules import find_rule
-from benchmarks.uda.results import Row
-from ghopt import HarmonizedOptimizer
+from ghopt import HarmonizedOptimizer, Recorder
 
 Update: TypeAlias = Callable[[Losses], None]
 """Zero the gradients, go backward through both losses, step."""
@@ -20,60 +20,26 @@ MakeUpdate: TypeAlias = Callable[[SGD, Iterable[nn.Parameter]], Update]
 """An update of an optimizer's parameters, given those that both tasks share."""
 
 
-@dataclass
-class Record:
-    """What an update saw.
+def harmonized(
+    sgd: SGD,
+    shared: Iterable[nn.Parameter],
+    *,
+    rule: str,
+    recorder: Recorder | None = None,
+) -> Update:
+    """Make the update with ``HarmonizedOptimizer``; the recorder, if any, records it."""
+    optimizer = HarmonizedOptimizer(
+        sgd, weighting=find_rule(rule).weighting, shared_params=list(shared)
+    )
+    if recorder is not None:
+        recorder.attach(optimizer)
 
-    Attributes:
-        gramians: ``[2, 2]`` each, of the gradients over the shared parameters, one per
-            update.
-        null: Gramians of unrelated gradients, see :func:`unrelated_gramians`.
-    """
+    def update(losses: Losses) -> None:
+        optimizer.zero_grad()
+        optimizer.backward(losses._asdict())
+        optimizer.step()
 
-    gramians: list[Tensor] = field(default_factory=list)
-    null: list[Row] = field(default_factory=list)
-
-
-class Harmonized:
-    """An update with ``HarmonizedOptimizer``.
-
-    Args:
-        record: what it sees is appended to this.
-        null_every: how many updates pass from one look at unrelated gradients to the
-            next; None for no look.
-        seed: of the unrelated gradients.
-    """
-
-    def __init__(
-        self,
-        sgd: SGD,
-        shared: Iterable[nn.Parameter],
-        *,
-        rule: str,
-        record: Record,
-        null_every: int | None = None,
-        seed: int = 0,
-    ) -> None:
-        self._shared = list(shared)
-        self._optimizer = HarmonizedOptimizer(
-            sgd, weighting=find_rule(rule).weighting, shared_params=self._shared
-        )
-        self._record = record
-        self._null_every = null_every
-        # Its own, so that the signs do not disturb what the runs of a seed share.
-        self._generator = torch.Generator().manual_seed(seed)
-
-    def __call__(self, losses: Losses) -> None:
-        """Harmonize the pair and step."""
-        record = self._record
-        if self._null_every and len(record.gramians) % self._null_every == 0:
-            record.null += unrelated_gramians(losses, self._shared, self._generator)
-        self._optimizer.zero_grad()
-        self._optimizer.backward(losses._asdict())
-        self._optimizer.step()
-        last = self._optimizer.last
-        assert last is not None  # backward has just run
-        record.gramians.append(last.gramian)
+    return update
 
 
 def plain_update(sgd: SGD, shared: Iterable[nn.Parameter]) -> Update:  # noqa: ARG001
@@ -83,6 +49,39 @@ def plain_update(sgd: SGD, shared: Iterable[nn.Parameter]) -> Update:  # noqa: A
         sgd.zero_grad()
         torch.autograd.backward(losses.alignment + losses.classification)
         sgd.step()
+
+    return update
+
+
+def looking_at_unrelated(
+    sgd: SGD,
+    shared: Iterable[nn.Parameter],
+    *,
+    make_update: MakeUpdate,
+    null: list[Row],
+    every: int,
+    seed: int = 0,
+) -> Update:
+    """Make an update that first looks at unrelated gradients, now and then.
+
+    Args:
+        sgd: of the update.
+        shared: parameters that both tasks share.
+        make_update: makes the update itself.
+        null: takes what :func:`unrelated_gramians` gives.
+        every: how many updates pass from one look to the next.
+        seed: of the unrelated gradients.
+    """
+    parameters = list(shared)
+    step = make_update(sgd, parameters)
+    numbers = count()
+    # Its own, so that the signs do not disturb what the runs of a seed share.
+    generator = torch.Generator().manual_seed(seed)
+
+    def update(losses: Losses) -> None:
+        if next(numbers) % every == 0:
+            null.extend(unrelated_gramians(losses, parameters, generator))
+        step(losses)
 
     return update
 
@@ -119,12 +118,6 @@ def unrelated_gramians(
         for gradient in (first, second)
     ]
     return [to_row(squares[0], product, squares[1]) for product in signs @ rows]
-
-
-def to_row(first: Tensor, product: Tensor, second: Tensor) -> Row:
-    """Round to 8 digits what is stored of a Gramian: g1.g1, g1.g2 and g2.g2."""
-    a, b, c = (float(f"{float(number):.8g}") for number in (first, product, second))
-    return a, b, c
 
 
 def _row_sums(tensor: Tensor) -> Tensor:

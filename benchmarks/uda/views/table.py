@@ -10,15 +10,9 @@ from benchmarks.common.statistics import (
     paired_difference,
 )
 from benchmarks.common.table import lay_out
+from benchmarks.uda.methods.gramians import cosines, norm_ratios, obtuse_share
 from benchmarks.uda.methods.rules import RULES
-from benchmarks.uda.results import (
-    Result,
-    cosines,
-    norm_ratios,
-    obtuse_share,
-    pool,
-    select,
-)
+from benchmarks.uda.runs.records import Result, pool, select
 
 COLUMNS = (
     "method",
@@ -47,7 +41,7 @@ def format_table(results: Sequence[Result], ratios: Ratios) -> str:
 
     Args:
         results: any number of seeds, the same for every method and rule.
-        ratios: what ``timing.time_ratios`` returned, per method.
+        ratios: what ``cost.time_ratios`` returned, per method.
     """
     methods = dict.fromkeys(result.method for result in results)
     rows = [

@@ -8,8 +8,7 @@ from benchmarks.common.statistics import interval
 from benchmarks.common.table import lay_out
 from benchmarks.uda.methods.rules import ALL_RULES, FLIPS
 from benchmarks.uda.methods.steps import ALL_METHODS, SOURCE_ONLY
-from benchmarks.uda.results import Kept
-from benchmarks.uda.runs import Run
+from benchmarks.uda.runs.records import Run
 
 PAPER = {
     ("mnist-usps", "CDAN+E"): {"sum": 95.6, "gh": 96.8, "ghpp": 96.5},
@@ -64,7 +63,7 @@ paper: Table 3, best epoch on the target's test set, each method in a setting of
   small and starts at random)."""
 
 
-def format_table(runs: Sequence[Kept], compared: str = "accuracy") -> str:
+def format_table(runs: Sequence[Run], compared: str = "accuracy") -> str:
     """Lay out a line per method and rule of one task, with as many seeds as there are.
 
     ``compared`` is the field that is compared with the sum's: a key of ``COMPARED``.
@@ -82,7 +81,7 @@ def format_table(runs: Sequence[Kept], compared: str = "accuracy") -> str:
     return lay_out(rows, names=2)
 
 
-def format_layout(tasks: Mapping[str, Sequence[Kept]]) -> str:
+def format_layout(tasks: Mapping[str, Sequence[Run]]) -> str:
     """Lay out the runs of several tasks as the paper's Table 3 does, beside its figures.
 
     Accuracies after the last step, mean +- standard deviation (number of seeds); the
@@ -128,8 +127,8 @@ def describe_oracle(runs: Sequence[Run]) -> str:
 
 
 def _by_seed(
-    runs: Iterable[Kept], method: str, rule: str, weight: float
-) -> dict[object, Kept]:
+    runs: Iterable[Run], method: str, rule: str, weight: float
+) -> dict[object, Run]:
     wanted = {"method": method, "rule": rule, "trade_off": weight}
     return {
         run.config["seed"]: run for run in runs if wanted.items() <= run.config.items()
@@ -137,7 +136,7 @@ def _by_seed(
 
 
 def _row(
-    own: dict[object, Kept], plain: dict[object, Kept], compared: str
+    own: dict[object, Run], plain: dict[object, Run], compared: str
 ) -> tuple[str, ...]:
     first = next(iter(own.values()))
     method, rule, task = (str(first.config[key]) for key in ("method", "rule", "task"))
@@ -188,7 +187,7 @@ def _difference(paired: Sequence[float]) -> str:
 
 
 def _median(
-    runs: dict[object, Kept], value: Callable[[Kept], float | None], form: str
+    runs: dict[object, Run], value: Callable[[Run], float | None], form: str
 ) -> str:
     found = [one for one in map(value, runs.values()) if one is not None]
     if any(map(math.isnan, found)):  # which have no order

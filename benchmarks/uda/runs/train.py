@@ -5,14 +5,19 @@ from functools import partial
 from typing import TypeAlias
 
 import torch
-from torch import Tensor
 
 from benchmarks.uda.data import Split, Task, batches
+from benchmarks.uda.methods.gramians import Row, to_rows
 from benchmarks.uda.methods.networks import Networks, build_networks
 from benchmarks.uda.methods.rules import harmonized_gramian
 from benchmarks.uda.methods.steps import Config, make_step
-from benchmarks.uda.methods.updates import Harmonized, Record, to_row
-from benchmarks.uda.results import Result, Row
+from benchmarks.uda.methods.updates import (
+    MakeUpdate,
+    harmonized,
+    looking_at_unrelated,
+)
+from benchmarks.uda.runs.records import Result, key_of
+from ghopt import Recorder
 
 Observe: TypeAlias = Callable[[int, Networks], None]
 """Look at the networks at an evaluation, after so many steps."""
@@ -30,14 +35,17 @@ def run(config: Config, task: Task, observe: Observe | None = None) -> Result:
     """
     networks = build_networks(config.method, config.seed, config.size)
     networks.to(task.target.device)
-    record = Record()
-    make_update = partial(
-        Harmonized,
-        rule=config.rule,
-        record=record,
-        null_every=10 if config.rule == "sum" else None,
-        seed=config.seed,
-    )
+    recorder = Recorder(config.steps * config.inner_steps)
+    null: list[Row] = []
+    make_update: MakeUpdate = partial(harmonized, rule=config.rule, recorder=recorder)
+    if config.rule == "sum":
+        make_update = partial(
+            looking_at_unrelated,
+            make_update=make_update,
+            null=null,
+            every=10,
+            seed=config.seed,
+        )
     step = make_step(config, networks, make_update)
     errors, validation = [], []
 
@@ -54,14 +62,16 @@ def run(config: Config, task: Task, observe: Observe | None = None) -> Result:
         step(batch, (done - 1) / config.steps)
         if config.is_evaluated(done):
             evaluate(done)
-    after = [harmonized_gramian(config.rule, gramian) for gramian in record.gramians]
+    gramians = recorder.flush().gramians
     return Result(
         config=config.settings(),
         errors=errors,
-        before=[_row(gramian) for gramian in record.gramians],
-        after=[_row(gramian) for gramian in after],
-        null=record.null,
+        before=to_rows(gramians),
+        after=to_rows([harmonized_gramian(config.rule, one) for one in gramians]),
+        null=null,
         validation=validation,
+        key=key_of(config, task.target.device, task.foreign),
+        torch=torch.__version__,
     )
 
 
@@ -77,7 +87,3 @@ def test_error(networks: Networks, test: Split) -> float:
     )
     networks.train()
     return 100 * wrong / len(test.labels)
-
-
-def _row(gramian: Tensor) -> Row:
-    return to_row(gramian[0, 0], gramian[0, 1], gramian[1, 1])

@@ -1,0 +1,1 @@
+"""What is made of kept runs: tables and pictures."""
