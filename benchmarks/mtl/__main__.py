@@ -17,29 +17,11 @@ import torch
 from benchmarks.common.environment import environment
 from benchmarks.common.options import positive
 from benchmarks.mtl.problem import Problem
-from benchmarks.mtl.problems import (
-    adversarial,
-    cells,
-    detection,
-    multimnist,
-    pinn,
-    retrieval,
-)
+from benchmarks.mtl.problems import PROBLEMS
 from benchmarks.mtl.rules import RULES, rules_for
 from benchmarks.mtl.table import NOTES, Compared, compare, format_problem, verdict
 from benchmarks.mtl.train import Result, run, time_ratio
 
-PROBLEMS = {
-    problem.name: problem
-    for problem in (
-        multimnist.PROBLEM,
-        cells.PROBLEM,
-        *detection.PROBLEMS,
-        retrieval.PROBLEM,
-        *adversarial.PROBLEMS,
-        *pinn.PROBLEMS,
-    )
-}
 SEEDS, QUICK_SEEDS, QUICK_STEPS = 4, 1, 60
 AROUND = ("date", "device", "threads", "python", "torch", "torchjd")
 
@@ -62,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         compared: list[Compared] = []
         ratios: dict[str, dict[str, float]] = {}
         for problem in (PROBLEMS[name] for name in options.problems):
-            rules = rules_for(len(problem.tasks), options.rules)
+            rules = rules_for(problem, options.rules)
             steps = options.steps or (QUICK_STEPS if options.quick else problem.steps)
             results = _results(problem, rules, seeds, steps)
             ratios[problem.name] = {

@@ -59,6 +59,8 @@ class Problem:
         metrics: what the evaluation gives.
         steps: of a full run.
         start: gives the training of a seed.
+        weighted: tasks whose losses a loss weight multiplies, where one is tuned.
+        main: the task that the others must not harm, if there is one.
     """
 
     name: str
@@ -67,6 +69,8 @@ class Problem:
     metrics: tuple[Metric, ...]
     steps: int
     start: Callable[[int], Training]
+    weighted: tuple[str, ...] = ()
+    main: str | None = None
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:

@@ -13,7 +13,7 @@ from functools import partial
 from torch import Tensor
 
 import ghopt
-from benchmarks.uda.methods.rules import sum_weights
+from benchmarks.mtl.problem import Problem
 from ghopt import Weighting
 
 
@@ -25,11 +25,15 @@ class Rule:
         make: gives a weighting; raises ImportError, with the extra, if a package lacks.
         fewest: number of tasks that it is shown for.
         most: number of tasks that it is for.
+        projects: whether the step is projected, too (``project_step``).
+        protects: whether the main task is protected, and only that.
     """
 
     make: Callable[[], Weighting]
     fewest: int = 2
     most: int = 1000
+    projects: bool = False
+    protects: bool = False
 
 
 def torchjd_weighting(name: str, *, is_mean: bool) -> Weighting:
@@ -56,8 +60,10 @@ def _times_tasks(gramian: Tensor, weighting: Weighting) -> Tensor:
 
 
 RULES = {
-    "sum": Rule(lambda: sum_weights),
+    "sum": Rule(lambda: ghopt.plain_sum),
     "gh": Rule(lambda: ghopt.gh),
+    "gh_projected": Rule(lambda: ghopt.gh, projects=True),
+    "gh_protect": Rule(lambda: ghopt.gh, protects=True),
     "ghpp": Rule(lambda: ghopt.ghpp),
     "ghpp_balanced": Rule(lambda: ghopt.ghpp_balanced, most=2),
     "upgrad": Rule(partial(torchjd_weighting, "UPGrad", is_mean=True)),
@@ -67,10 +73,12 @@ RULES = {
 }
 
 
-def rules_for(tasks: int, wanted: list[str]) -> list[str]:
-    """Name those of the wanted rules that are for so many tasks, the sum first."""
+def rules_for(problem: Problem, wanted: list[str]) -> list[str]:
+    """Name those of the wanted rules that are for a problem, the sum first."""
     return [
         name
         for name, rule in RULES.items()
-        if (name in wanted or name == "sum") and rule.fewest <= tasks <= rule.most
+        if (name in wanted or name == "sum")
+        and rule.fewest <= len(problem.tasks) <= rule.most
+        and (problem.main or not rule.protects)
     ]

@@ -65,7 +65,7 @@ class Result:
 def run(problem: Problem, rule: str, seed: int, steps: int) -> Result:
     """Train once. Runs that differ only in their rule start alike and see the same."""
     training = problem.start(seed)
-    optimizer = harmonized(training, rule)
+    optimizer = harmonized(problem, training, rule)
     # Down to 0, so that the last batches do not decide the figures.
     decay = LambdaLR(optimizer, lambda done: 1 - done / steps)
     recorder = Recorder(steps)
@@ -86,11 +86,15 @@ def run(problem: Problem, rule: str, seed: int, steps: int) -> Result:
     )
 
 
-def harmonized(training: Training, rule: str) -> HarmonizedOptimizer:
+def harmonized(problem: Problem, training: Training, rule: str) -> HarmonizedOptimizer:
     """Wrap the optimizer of a training."""
-    weighting = RULES[rule].make()
+    chosen = RULES[rule]
     return HarmonizedOptimizer(
-        training.optimizer, weighting, shared_params=training.shared
+        training.optimizer,
+        chosen.make(),
+        shared_params=training.shared,
+        project_step=chosen.projects,
+        protect=[problem.main] if problem.main and chosen.protects else None,
     )
 
 
@@ -123,7 +127,7 @@ def time_ratio(problem: Problem, rule: str, rounds: int = ROUNDS) -> float:
     taken: what else happens on the machine reaches both.
     """
     trainings = problem.start(0), problem.start(0)
-    steps = plain_step(trainings[0]), _harmonized_step(trainings[1], rule)
+    steps = plain_step(trainings[0]), _harmonized_step(problem, trainings[1], rule)
     ratios = []
     for index, batch in enumerate(islice(trainings[0].batches, WARM_UPS + rounds)):
         order = (0, 1) if index % 2 else (1, 0)
@@ -143,8 +147,10 @@ def plain_step(training: Training) -> Callable[[Batch], None]:
     return step
 
 
-def _harmonized_step(training: Training, rule: str) -> Callable[[Batch], None]:
-    optimizer = harmonized(training, rule)
+def _harmonized_step(
+    problem: Problem, training: Training, rule: str
+) -> Callable[[Batch], None]:
+    optimizer = harmonized(problem, training, rule)
 
     def step(batch: Batch) -> None:
         optimizer.zero_grad()

@@ -80,6 +80,7 @@ PROBLEM = Problem(
     (Metric(MEAN), *(Metric(task, headline=False) for task in TASKS)),
     steps=500,
     start=start,
+    main="malignant",
 )
 
 

@@ -122,6 +122,7 @@ def _problem(name: str, title: str, *, normalised: bool) -> Problem:
         (Metric("AP"), *(Metric(name, headline=False) for name in SHOWN)),
         steps=400,
         start=partial(start, normalised=normalised),
+        weighted=("box",),
     )
 
 

@@ -1,4 +1,4 @@
-"""Physics-informed networks (Raissi et al., 2019) for two equations of known solution.
+"""Physics-informed networks (Raissi et al., 2019) for three equations of known solution.
 
 The residual of the equation inside the domain is one task, the values at its boundary
 another, the initial values of the heat equation a third.
@@ -16,6 +16,9 @@ WIDTH = 32
 INSIDE, EDGE = 128, 32
 RATE = 5e-3
 DIFFUSIVITY = 0.1
+# Of the solution along the two axes. The example of Wang, Teng and Perdikaris (2021), on
+# whose gradients their paper is, has the same two, on a square of twice the side.
+WAVES = (1, 4)
 ERROR = "rel. L2 error %"
 
 Function = Callable[[Tensor], Tensor]
@@ -55,6 +58,26 @@ def heat_residual(function: Function, points: Tensor) -> Tensor:
     return slopes[:, 1:] - DIFFUSIVITY * curvature
 
 
+def helmholtz_solution(points: Tensor) -> Tensor:
+    """Solution of u_xx + u_yy + u = q, points (x, y) ``[B, 2]`` to values ``[B, 1]``."""
+    waves = math.pi * points.new_tensor(WAVES)
+    return torch.sin(waves * points).prod(1, keepdim=True)
+
+
+def helmholtz_residual(function: Function, points: Tensor) -> Tensor:
+    """Return u_xx + u_yy + u - q at points ``[B, 2]``, over the scale of q, ``[B, 1]``."""
+    points = points.detach().requires_grad_()
+    values = function(points)
+    slopes = _derivatives(values, points)
+    curvatures = [
+        _derivatives(slopes[:, axis : axis + 1], points)[:, axis : axis + 1]
+        for axis in (0, 1)
+    ]
+    scale = math.pi**2 * sum(waves**2 for waves in WAVES)
+    force = (1 - scale) * helmholtz_solution(points.detach())
+    return (curvatures[0] + curvatures[1] + values - force) / scale
+
+
 def sum_of_sines(points: Tensor, *terms: tuple[int, float]) -> Tensor:
     """Sum factor * sin(waves pi x) over terms (waves, factor), ``[B, 1]``."""
     parts = [factor * torch.sin(waves * math.pi * points) for waves, factor in terms]
@@ -80,6 +103,15 @@ def heat_losses(function: Function, batch: Batch) -> dict[str, Tensor]:
     }
 
 
+def helmholtz_losses(function: Function, batch: Batch) -> dict[str, Tensor]:
+    """Mean squares of the residual and of the boundary values, which should be 0."""
+    inside, edge = batch
+    return {
+        "residual": helmholtz_residual(function, inside).square().mean(),
+        "boundary": function(edge).square().mean(),
+    }
+
+
 def poisson_batches(seed: int) -> Iterator[Batch]:
     """Yield points inside, ``[128, 1]``, and both ends, ``[2, 1]``."""
     draws = generator(seed, 1)
@@ -98,6 +130,17 @@ def heat_batches(seed: int) -> Iterator[Batch]:
         first = torch.rand(EDGE, 2, generator=draws)
         first[:, 1] = 0
         yield inside, edge, first
+
+
+def helmholtz_batches(seed: int) -> Iterator[Batch]:
+    """Yield points inside, ``[128, 2]``, and on the four sides, ``[32, 2]``."""
+    draws = generator(seed, 1)
+    while True:
+        inside = torch.rand(INSIDE, 2, generator=draws)
+        edge = torch.rand(EDGE, 2, generator=draws)
+        side = torch.randint(4, (EDGE,), generator=draws)
+        edge[torch.arange(EDGE), side // 2] = (side % 2).float()
+        yield inside, edge
 
 
 def relative_error(function: Function, solution: Function, points: Tensor) -> float:
@@ -121,6 +164,18 @@ def start_heat(seed: int) -> Training:
         heat_losses,
         heat_solution,
         heat_batches(seed),
+        torch.cartesian_prod(axis, axis),
+    )
+
+
+def start_helmholtz(seed: int) -> Training:
+    """Give the training of a seed; sets the global random state."""
+    axis = torch.linspace(0, 1, 41)
+    return _start(
+        seed,
+        helmholtz_losses,
+        helmholtz_solution,
+        helmholtz_batches(seed),
         torch.cartesian_prod(axis, axis),
     )
 
@@ -160,6 +215,7 @@ PROBLEMS = (
         (Metric(ERROR, ".2f", more_is_better=False),),
         steps=800,
         start=start_poisson,
+        weighted=("boundary",),
     ),
     Problem(
         "heat",
@@ -168,6 +224,16 @@ PROBLEMS = (
         (Metric(ERROR, ".2f", more_is_better=False),),
         steps=800,
         start=start_heat,
+        weighted=("boundary", "initial"),
+    ),
+    Problem(
+        "helmholtz",
+        "u_xx + u_yy + u = q in two dimensions, as a physics-informed network",
+        ("residual", "boundary"),
+        (Metric(ERROR, ".2f", more_is_better=False),),
+        steps=800,
+        start=start_helmholtz,
+        weighted=("boundary",),
     ),
 )
 
