@@ -82,20 +82,45 @@ class HarmonizedOptimizer(Optimizer):
             ordinary way; so do all with ``backward_fn`` or ``accumulate_only``, under
             autocast, with a process group, and in checkpoints and compiled models. (One
             use is not seen: a hook on a transposed weight of your own.)
+        project_step: change what the base optimizer does as little as it takes so that no
+            task is set back, to first order. ``gh`` promises this of the *gradient*;
+            momentum and Adam's scales make a step of it that opposes tasks all the same.
+            With any base and any weighting. Before the step, the momentum is projected
+            (``exp_avg`` or ``momentum_buffer`` in ``state``; what else a base keeps is
+            left alone); after it, the change of the parameters, decoupled weight decay
+            included. The result opposes no task by more than 1e-6 of the lengths, beside
+            the rounding of the parameters to their dtype. Only parameters that are shared
+            and that a task reaches are projected; the others move as the base moves them.
+            Nothing changes, to the bit, where neither momentum nor step opposes a task.
+            Gradients of several ``backward`` calls add up by task; with a closure they
+            are those of its first evaluation. ``zero_grad`` of this optimizer drops them;
+            after another ``zero_grad``, only where it sets ``.grad`` to None. Costs K + 1
+            copies of the gradients, kept until the step, and two Gramians more. Layers
+            are not deferred then.
+        protect: names of tasks, or numbers in a list of losses, that the others must not
+            harm: "one main task and auxiliary losses". With ``gh`` the gradients are
+            projected on the cone of these tasks alone (``ghopt.gh_coefficients``); with
+            ``project_step`` so are momentum and step. A task that has no part in a call
+            protects nothing there.
 
     Attributes:
         base_optimizer: as given.
         weighting: as given.
         measure_every: as given.
         deferred: as given.
+        project_step: as given.
+        protect: names as given, numbers as the names that they stand for; or None.
 
     Raises:
         TypeError: if ``base_optimizer`` is no optimizer or harmonized already,
             ``weighting`` not callable or an aggregator of TorchJD, ``shared_params`` no
-            iterable of parameters, ``measure_every`` no whole number.
+            iterable of parameters, ``measure_every`` no whole number, ``protect`` a bare
+            string, no iterable or one of other things.
         ValueError: if ``shared_params`` is empty or holds one that is not in
             ``base_optimizer``, or ``measure_every`` is less than 1, or more with
-            ``shared_params``: one pass cannot give both sums.
+            ``shared_params``, since one pass cannot give both sums, or more with
+            ``project_step``, since one pass gives no gradients of tasks; if ``protect``
+            is empty, or has neither ``gh`` nor ``project_step`` to do it.
     """
 
     def __init__(
@@ -265,8 +290,9 @@ class HarmonizedOptimizer(Optimizer):
         Raises:
             TypeError: if ``closure`` is not callable, or the base optimizer does not take
                 an option.
-            ValueError: if both ``closure`` and ``losses`` are given, or a closure to
-                L-BFGS with ``shared_params``: no function has the weighted sum as its
+            ValueError: if ``protect`` names what was no task of any call up to the first
+                step, or a group is maximised with ``project_step``. If both ``closure``
+                and ``losses`` are given, or a closure to L-BFGS with ``shared_params``: no function has the weighted sum as its
                 gradient in some parameters, and the plain sum in the others.
             RuntimeError: if a closure harmonizes twice with ``shared_params``, for the
                 same reason; the base has begun to step then. If micro-batches were only

@@ -57,15 +57,19 @@ def cosine_map(recording: Recording, axes: "Axes") -> None:
 
 
 def before_and_after(recording: Recording, axes: "Axes") -> None:
-    """Draw the inner products of update and task gradients, for the sum and as weighed.
+    """Draw what works against the tasks: the sum, the update as weighed, the step taken.
 
-    Scaled to length 1 both, they are cosines; below 0 an update opposes the task.
+    Cosines of each with the task gradients: below 0 a task is opposed. The step, where it
+    was recorded, counts with its sign turned, as gradients do.
     """
-    for name, weights in (
-        ("plain sum", torch.ones_like(recording.weights)),
-        ("as weighed", recording.weights),
-    ):
-        values = recording.update_cosines(weights).flatten()
+    drawn = {
+        "plain sum": recording.update_cosines(torch.ones_like(recording.weights)),
+        "as weighed": recording.update_cosines(recording.weights),
+    }
+    if recording.has_steps.any():
+        drawn["step taken"] = -recording.step_cosines
+    for name, found in drawn.items():
+        values = found.flatten()
         values = values[values.isfinite()].clamp(-1, 1)
         share = torch.histc(values, _BINS, -1, 1) / max(1, len(values))
         edges = torch.linspace(-1, 1, _BINS + 1, dtype=torch.float64, device="cpu")

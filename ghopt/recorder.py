@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ghopt.change import Change
 from ghopt.geometry import Weighting, gh
 from ghopt.losses import Losses, named_losses, warn_of_many
 from ghopt.measuring import GramianOf, Harmonization, measured
@@ -80,7 +81,11 @@ class Recorder:
         return {**self.__dict__, "_handles": []}
 
     def attach(
-        self, optimizer: HarmonizedOptimizer, *, layers: Layers | None = None
+        self,
+        optimizer: HarmonizedOptimizer,
+        *,
+        layers: Layers | None = None,
+        step: bool = False,
     ) -> RemovableHandle:
         """Record every step of an optimizer that measures.
 
@@ -91,6 +96,10 @@ class Recorder:
                 name; or a module, for each module in it that has parameters of its own.
                 Costs as much again as the Gramian itself. What is shared by two layers
                 counts in both; DTensors in them on all ranks alike.
+            step: record what the step taken did to each task, too
+                (``Recording.step_slopes``). Costs as much as the Gramian, and K + 1
+                copies of the gradients until the step. Of several ``backward`` calls
+                before a step, the step is recorded with the last.
 
         Returns:
             A handle whose ``remove()`` ends the recording.
@@ -119,17 +128,22 @@ class Recorder:
             )
         # Not the optimizer itself, which holds this hook: both would outlive their use.
         owner = weakref.ref(optimizer)
+        latest = [-1]
 
         def hook(found: Harmonization, gramian_of: GramianOf) -> None:
             wrapper = owner()
             rate = wrapper.param_groups[0].get("lr", math.nan) if wrapper else math.nan
             # A scheduler may change a tensor in place.
             rate = rate.detach().clone() if isinstance(rate, Tensor) else rate
+            latest[0] = self.count
             self.record(found, rate=rate, layers=_over(groups, gramian_of))
+
+        def after(change: Change) -> None:
+            self._note(latest[0], change)
 
         handle = optimizer.register_harmonize_hook(hook)
         self._handles.append(handle)
-        return handle
+        return _Both(handle, optimizer.register_change_hook(after)) if step else handle
 
     def record(
         self,
@@ -158,11 +172,36 @@ class Recorder:
         )
         self.count += 1
 
+    def _note(self, number: int, change: Change) -> None:
+        """Add to a recorded step what it did, unless it has been flushed or lost."""
+        for place in reversed(range(len(self._steps))):
+            step = self._steps[place]
+            if step.number == number:
+                both = torch.stack([change.slopes, change.cosines])
+                if change.names != step.names:  # of more calls than this one
+                    places = [change.names.index(name) for name in step.names]
+                    both = torch.stack([both[:, one] for one in places], 1)
+                self._steps[place] = step._replace(change=both)
+                return
+
     def flush(self) -> Recording:
         """Hand over all that is held, and hold nothing: waits for the device."""
         recording = assemble(list(self._steps))
         self._steps.clear()
         return recording
+
+
+class _Both(RemovableHandle):
+    """A handle that takes another one away, too."""
+
+    def __init__(self, handle: RemovableHandle, other: RemovableHandle) -> None:
+        self.__dict__.update(handle.__dict__)
+        self._other = other
+
+    def remove(self) -> None:
+        """Take both hooks away."""
+        super().remove()
+        self._other.remove()
 
 
 def measure(

@@ -47,6 +47,10 @@ class Recording:
         layers: the inner products over each layer alone, ``[n, K, K]``, by its name; NaN
             in steps that it was not recorded in.
         present: which tasks had part in each step, ``[n, K]``, bool.
+        step_slopes: what the step taken added to each loss, to first order, ``[n, K]``:
+            inner products of the change of the parameters and the task gradients. NaN
+            where the step was not recorded.
+        step_cosines: cosines of these, ``[n, K]``.
     """
 
     names: tuple[str, ...]
@@ -56,6 +60,8 @@ class Recording:
     rates: Tensor
     layers: dict[str, Tensor]
     present: Tensor
+    step_slopes: Tensor
+    step_cosines: Tensor
 
     def __len__(self) -> int:
         """Number of steps."""
@@ -92,14 +98,26 @@ class Recording:
         return self._times(torch.ones_like(self.weights))
 
     @property
-    def effects(self) -> Tensor:
-        """First-order effect of the update on each loss, ``[n, K]``: -lr G tau.
+    def sgd_effects(self) -> Tensor:
+        """First-order effect of a step of plain SGD on each loss, ``[n, K]``: -lr G tau.
 
-        What a step of plain SGD would change in the losses. Other base optimizers scale
-        the update by parameter; then the sign is a hint, and the size means little. With
-        losses scaled by s it is s^2 times as large.
+        Other base optimizers scale the update by parameter, and have momentum: what their
+        steps did is in ``step_slopes``. With losses scaled by s it is s^2 times as large.
         """
         return -self.rates[:, None] * self.slopes
+
+    @property
+    def step_opposed(self) -> Tensor:
+        """Whether the step taken raised a loss, to first order, ``[n, K]``, bool.
+
+        A cosine above 1e-6 counts: less may be the rounding of the parameters.
+        """
+        return self.step_cosines > 1e-6
+
+    @property
+    def has_steps(self) -> Tensor:
+        """Whether the step taken was recorded, ``[n]``, bool."""
+        return ~self.step_cosines.isnan().all(1)
 
     @property
     def finite(self) -> Tensor:
@@ -142,6 +160,8 @@ class Recording:
             rates=self.rates[chosen],
             layers={name: found[chosen] for name, found in self.layers.items()},
             present=self.present[chosen],
+            step_slopes=self.step_slopes[chosen],
+            step_cosines=self.step_cosines[chosen],
         )
 
     def update_cosines(self, weights: Tensor) -> Tensor:
@@ -241,12 +261,15 @@ class Recording:
         return assemble(steps)
 
     def _by_task(self) -> dict[str, Tensor]:
-        return {
+        found = {
             "norm": self.norms,
             "weight": self.weights,
             "slope": self.slopes,
-            "effect": self.effects,
+            "sgd_effect": self.sgd_effects,
         }
+        if self.has_steps.any():
+            found |= {"step_slope": self.step_slopes, "step_cosine": self.step_cosines}
+        return found
 
     def _lines(self) -> Iterator[dict[str, Any]]:
         for row, present in enumerate(self.present):
@@ -260,12 +283,21 @@ class Recording:
                 "gramian": _finite(self.gramians[row][present][:, present].tolist()),
                 "weights": _finite(self.weights[row][present].tolist()),
                 "lr": _finite(self.rates[row].item()),
+                **self._step_of(row),
                 "layers": {
                     name: _finite(products.tolist())
                     for name, products in layers.items()
                     if not products.isnan().all()
                 },
             }
+
+    def _step_of(self, row: int) -> dict[str, Any]:
+        """Give what a file keeps of the step taken, if it was recorded."""
+        if not self.has_steps[row]:
+            return {}
+        mine = self.present[row]
+        both = (self.step_slopes[row][mine], self.step_cosines[row][mine])
+        return {"change": [_finite(values.tolist()) for values in both]}
 
     def _times(self, weights: Tensor) -> Tensor:
         """Multiply the Gramians by ``[n, K]``; a task without part adds nothing."""
@@ -280,7 +312,17 @@ def _share_below_zero(products: Tensor) -> float:
 
 
 class Step(NamedTuple):
-    """What is kept of one step, the tensors where they are."""
+    """What is kept of one step, the tensors where they are.
+
+    Attributes:
+        number: of the step.
+        names: of the tasks.
+        gramian: of their gradients, ``[K, K]``.
+        weights: ``[K]``.
+        rate: learning rate.
+        layers: the Gramian over each layer.
+        change: slopes and cosines of the step taken, ``[2, K]``, if it was recorded.
+    """
 
     number: int
     names: tuple[str, ...]
@@ -288,14 +330,16 @@ class Step(NamedTuple):
     weights: Tensor
     rate: Tensor | float
     layers: dict[str, Tensor]
+    change: Tensor | None = None
 
 
 def assemble(steps: Sequence[Step]) -> Recording:
     """Make one recording of steps that may have had other tasks and layers."""
-    parts = [
-        _stack(list(group))
-        for _, group in groupby(steps, lambda step: (step.names, step.layers.keys()))
-    ] or [_stack([])]
+
+    def kind(step: Step) -> object:
+        return step.names, step.layers.keys(), step.change is None
+
+    parts = [_stack(list(group)) for _, group in groupby(steps, kind)] or [_stack([])]
     names = tuple(dict.fromkeys(name for part in parts for name in part.names))
     layers = dict.fromkeys(name for part in parts for name in part.layers)
     return Recording(
@@ -323,6 +367,12 @@ def assemble(steps: Sequence[Step]) -> Recording:
                 for part in parts
             ]
         ),
+        step_slopes=torch.cat(
+            [_spread(part.step_slopes, part.names, names) for part in parts]
+        ),
+        step_cosines=torch.cat(
+            [_spread(part.step_cosines, part.names, names) for part in parts]
+        ),
     )
 
 
@@ -337,6 +387,10 @@ def _stack(steps: list[Step]) -> Recording:
         return torch.stack(found).to("cpu", torch.float64)
 
     names, layers = (steps[0].names, steps[0].layers) if steps else ((), {})
+    unknown = torch.full((2, len(names)), math.nan, dtype=torch.float64, device="cpu")
+    changes = stacked(
+        (unknown if step.change is None else step.change for step in steps), 2, 0
+    )
     return Recording(
         names=names,
         steps=torch.tensor(
@@ -352,6 +406,8 @@ def _stack(steps: list[Step]) -> Recording:
         ),
         layers={name: stacked(step.layers[name] for step in steps) for name in layers},
         present=torch.ones(len(steps), len(names), dtype=torch.bool, device="cpu"),
+        step_slopes=changes[:, 0],
+        step_cosines=changes[:, 1],
     )
 
 
@@ -382,6 +438,7 @@ def _read(line: dict[str, Any]) -> Step:
         _tensor(line["weights"], tasks),
         _tensor(line["lr"]),
         {name: _tensor(rows, tasks, tasks) for name, rows in line["layers"].items()},
+        _tensor(line["change"], 2, tasks) if "change" in line else None,
     )
 
 

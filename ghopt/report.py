@@ -154,11 +154,23 @@ def _judge_finite(recording: Recording) -> Verdict:
             "have worked against a task; the recorded weights did in "
             f"{_percent(against)}."
         ),
+        *_about_steps(recording),
         *_about_pairs(pairs),
         *_about_layers(recording),
         *_about_silent_tasks(recording),
     ]
-    return Verdict(findings, list(_advice(count, pairs, any_pair, opposed)))
+    advice = [*_advice(count, pairs, any_pair, opposed), *_advice_on_steps(recording)]
+    return Verdict(findings, advice)
+
+
+def _about_steps(recording: Recording) -> Iterator[str]:
+    seen = recording.where(recording.has_steps)
+    if len(seen):
+        against = _mean(seen.step_opposed.any(1))
+        yield (
+            f"The step that the optimizer made of it worked against a task in "
+            f"{_percent(against)} of {len(seen)} steps."
+        )
 
 
 def _about_pairs(pairs: Sequence[Pair]) -> Iterator[str]:
@@ -267,6 +279,20 @@ def _advice(
         yield (
             "Tasks are in conflict, but their sum seldom works against one: what a "
             "weighting changes is how fast each of them goes. Expect little."
+        )
+
+
+def _advice_on_steps(recording: Recording) -> Iterator[str]:
+    seen = recording.where(recording.has_steps)
+    if len(seen) < FEWEST_STEPS:
+        return
+    gradient = _mean(seen.opposed(seen.weights).any(1))
+    step = _mean(seen.step_opposed.any(1))
+    if step >= max(OFTEN, 2 * gradient):
+        yield (
+            "The steps oppose tasks far more often than the gradients do: momentum carries "
+            "old directions on. Try HarmonizedOptimizer(..., project_step=True), which "
+            "leaves no step that opposes a task, and compare over several seeds."
         )
 
 

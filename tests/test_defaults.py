@@ -95,7 +95,7 @@ def everything(model: models.Tasks, losses: list[Tensor]) -> list[Any]:
     recording = recorder.flush()
     file = io.StringIO()
     file.writelines(str(row) for row in recording.rows())
-    return [*made, recording.gramians, recording.effects, file.getvalue(),
+    return [*made, recording.gramians, recording.sgd_effects, file.getvalue(),
             judge(recording).findings, Recorder().flush().steps]  # fmt: skip
 
 

@@ -112,7 +112,7 @@ def test_a_recording_holds_the_gradients_geometry_at_each_step(
         assert_close(recording.slopes[step], jacobian @ (tau @ jacobian))
         assert_close(recording.plain_slopes[step], jacobian @ jacobian.sum(0))
         change = -RATE * 0.5**step * jacobian @ (tau @ jacobian)
-        assert_close(recording.effects[step], change)
+        assert_close(recording.sgd_effects[step], change)
 
 
 def test_the_effect_is_what_a_small_step_of_sgd_changes_in_each_loss() -> None:
@@ -124,7 +124,7 @@ def test_the_effect_is_what_a_small_step_of_sgd_changes_in_each_loss() -> None:
     optimizer.step(losses=losses_of(model))
     after = losses_of(model)
     changes = torch.stack([after[name] - before[name] for name in NAMES]).detach()
-    assert_close(recorder.flush().effects[0], changes, rtol=1e-4, atol=1e-12)
+    assert_close(recorder.flush().sgd_effects[0], changes, rtol=1e-4, atol=1e-12)
 
 
 @networks
@@ -245,7 +245,7 @@ def test_a_base_without_a_learning_rate_has_effects_that_are_not_known() -> None
     recorder.attach(optimizer)
     optimizer.backward(losses_of(model))
     recording = recorder.flush()
-    assert recording.effects.isnan().all()
+    assert recording.sgd_effects.isnan().all()
     assert recording.slopes.isfinite().all()
 
 
@@ -350,7 +350,7 @@ def test_a_flushed_recorder_is_empty_and_goes_on_counting() -> None:
 def test_an_empty_recording_has_all_that_others_have() -> None:
     recording = Recorder().flush()
     assert (len(recording), recording.names, recording.pairs) == (0, (), [])
-    assert recording.norms.shape == recording.effects.shape == (0, 0)
+    assert recording.norms.shape == recording.sgd_effects.shape == (0, 0)
     assert recording.cosines.shape == (0, 0, 0)
     assert [*recording.rows()] == []
 
@@ -677,8 +677,8 @@ def test_rows_name_every_number() -> None:
             "weight/down": tau[1],
             "slope/up": slopes[0],
             "slope/down": slopes[1],
-            "effect/up": -0.5 * slopes[0],
-            "effect/down": -0.5 * slopes[1],
+            "sgd_effect/up": -0.5 * slopes[0],
+            "sgd_effect/down": -0.5 * slopes[1],
             "product/up|down": -3,
             "conflict/up|down": 1,
             "cosine/up|down": -(0.5**0.5),
