@@ -106,6 +106,16 @@ def dual_cone_projections(jacobian: Tensor) -> list[Vector]:
     return [[mp.mpf(x.numerator) / x.denominator for x in row] for row in nearest]
 
 
+def cone_projections(
+    jacobian: Tensor, rows: Sequence[int], protected: Sequence[int]
+) -> list[Vector]:
+    """Return the nearest point of each of the rows that opposes none of the protected."""
+    every = fractions(jacobian)
+    cone = [every[number] for number in protected]
+    nearest = [_projection(every[number], cone) for number in rows]
+    return [[mp.mpf(x.numerator) / x.denominator for x in row] for row in nearest]
+
+
 def nnls_projections(jacobian: Tensor) -> list[Vector]:
     """Return the same as SciPy finds it, in float64, for more tasks than can be tried.
 

@@ -91,6 +91,50 @@ def test_replicas_equal_one_process_on_the_whole_batch(
         assert_close(weights, expected, rtol=1e-12, atol=1e-12)
 
 
+# The step
+
+
+def one_projected_process(tasks: int) -> dict[str, Tensor]:
+    """Train on the whole batch, so that no step opposes a task.
+
+    With what ``test_change.py`` compares with the literal step.
+    """
+    model = models.make(models.heads_on_a_trunk, tasks)
+    base = AdamW(model.parameters(), lr=0.05)
+    optimizer = HarmonizedOptimizer(base, project_step=True)
+    for step in range(STEPS):
+        optimizer.step(losses=model(*models.batch(tasks, step)))
+    return weights_of(model)
+
+
+def train_projected_replicas(micros: int) -> dict[str, Tensor]:
+    model = models.make(models.heads_on_a_trunk, 3)
+    ddp = DistributedDataParallel(model)
+    base = AdamW(model.parameters(), lr=0.05)
+    optimizer = HarmonizedOptimizer(base, project_step=True)
+    for step in range(STEPS):
+        inputs, targets = share(*models.batch(3, step))
+        optimizer.zero_grad()
+        with ddp.no_sync():
+            for micro in range(micros):
+                losses = ddp(inputs[micro::micros], targets[:, micro::micros])
+                optimizer.backward(
+                    [loss / micros for loss in losses],
+                    accumulate_only=micro < micros - 1,
+                    sync_group=ddp,
+                )
+        optimizer.step()
+    return weights_of(model)
+
+
+@pytest.mark.parametrize("micros", [1, 2])
+def test_a_projected_step_of_replicas_equals_that_of_one_process(micros: int) -> None:
+    expected = one_projected_process(3)
+    first, second = run_on_ranks(2, train_projected_replicas, micros)
+    assert_close(first, expected, rtol=1e-12, atol=1e-12)
+    assert_close(first, second, rtol=0, atol=0)
+
+
 def ddp_step(
     **options: Any,
 ) -> tuple[DistributedDataParallel, HarmonizedOptimizer, Tasks]:

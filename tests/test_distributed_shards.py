@@ -34,7 +34,12 @@ from tests import models
 from tests.literal import literal_update
 from tests.models import Tasks
 from tests.ranks import run_on_ranks
-from tests.test_distributed import STEPS, one_process, share
+from tests.test_distributed import (
+    STEPS,
+    one_process,
+    one_projected_process,
+    share,
+)
 
 
 def full(tensor: Tensor | None) -> Tensor | None:
@@ -122,6 +127,37 @@ def test_shards_equal_one_process_on_the_whole_batch(
 ) -> None:
     expected = one_process(network, tasks)
     for weights in run_on_ranks(size, train_shards, network, tasks, how):
+        assert_close(weights, expected, rtol=1e-12, atol=1e-12)
+
+
+def train_projected_shards(tasks: int, how: str) -> dict[str, Tensor]:
+    """Train with FSDP2 or tensor parallel layers, so that no step opposes a task."""
+    if how == "tensor parallel":
+        model = models.make(models.heads_on_a_trunk, tasks)
+        mesh = init_device_mesh("cpu", (2,))
+        parallelize_module(
+            model.trunk, mesh, {"0": ColwiseParallel(output_layouts=Replicate())}
+        )
+    else:
+        model = sharded(models.heads_on_a_trunk, tasks)
+    base = AdamW(model.parameters(), lr=0.05)
+    optimizer = HarmonizedOptimizer(base, project_step=True)
+    recorder = Recorder()
+    recorder.attach(optimizer, step=True)
+    for step in range(STEPS):
+        batch = models.batch(tasks, step)
+        inputs, targets = batch if how == "tensor parallel" else share(*batch)
+        optimizer.zero_grad()
+        optimizer.backward(model(inputs, targets))
+        optimizer.step()
+    assert not recorder.flush().step_opposed.any()
+    return full_weights(model)
+
+
+@pytest.mark.parametrize("how", ["FSDP2", "tensor parallel"])
+def test_a_projected_step_of_shards_equals_that_of_one_process(how: str) -> None:
+    expected = one_projected_process(3)
+    for weights in run_on_ranks(2, train_projected_shards, 3, how):
         assert_close(weights, expected, rtol=1e-12, atol=1e-12)
 
 
