@@ -64,7 +64,7 @@ def look(gradients: StoredGradients, before: dict[Tensor, Tensor]) -> Change:
         gradients: of the tasks.
         before: the parameters before the step. Spoilt.
     """
-    gramian = _joined(gradients, _descent(gradients, before))
+    gramian = gradients.gramian_with(_descent(gradients, before))
     # The descent is the change with its sign turned.
     sign = torch.ones_like(gramian[0])
     sign[-1] = -1
@@ -91,7 +91,7 @@ def project_momentum(
     """
     momentum = _momentum(gradients, base)
     if momentum:
-        multipliers, active = _multipliers(_joined(gradients, momentum), protected)
+        multipliers, active = _multipliers(gradients.gramian_with(momentum), protected)
         gradients.add_to(momentum, multipliers, active)
 
 
@@ -112,7 +112,7 @@ def project_step(
         before: the parameters before the step. Spoilt.
         protected: numbers of the tasks that must not be opposed; None: all.
     """
-    gramian = _joined(gradients, _descent(gradients, before))
+    gramian = gradients.gramian_with(_descent(gradients, before))
     multipliers, active = _multipliers(gramian, protected)
     parameters = {parameter: parameter.detach() for parameter in gradients}
     gradients.add_to(parameters, -multipliers, active)
@@ -124,19 +124,11 @@ def _multipliers(
     """Say what to add of each gradient to the last vector of a Gramian, and if at all."""
     last = len(gramian) - 1
     kept = range(last) if protected is None else protected
+    # On the CPU to ask is free.
+    if gramian.device.type == "cpu" and (gramian[last, :last] >= 0).all():
+        return torch.zeros_like(gramian[last, :last]), torch.tensor(False, device="cpu")
     multipliers = dual_cone(gramian, [last], kept)[0, :last]
     return multipliers, (multipliers > 0).any()  # False where one is NaN: then all are
-
-
-def _joined(gradients: StoredGradients, vector: dict[Tensor, Tensor]) -> Tensor:
-    """Take the inner products of the gradients and, in the last row, of a vector."""
-    # By number: a task may have any name.
-    tasks = {str(k): gradients[name] for k, name in enumerate(gradients.names)}
-    like = {p: grad for of_task in tasks.values() for p, grad in of_task.items()}
-    # A base may keep its averages in another dtype.
-    last = {p: values.to(like[p].dtype) for p, values in vector.items()}
-    every = {**tasks, str(len(tasks)): last}
-    return StoredGradients(every, [*gradients], every).gramian()
 
 
 def _descent(

@@ -8,7 +8,7 @@ or be a DTensor without partial values. Nothing here knows how gradients are mad
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import cache, reduce
 from importlib import import_module
 from importlib.util import find_spec
@@ -25,6 +25,7 @@ from ghopt.forms import (
     local,
     writable,
 )
+from ghopt.geometry import cosines
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -92,7 +93,9 @@ def prepare(
 
 
 @torch.no_grad()
-def multiply(prepared: Iterable[Prepared], tasks: int) -> Tensor:
+def multiply(
+    prepared: Iterable[Prepared], tasks: int, known: Tensor | None = None
+) -> Tensor:
     """Inner products of the gradients of K tasks.
 
     The products are float64 and so is their sum, with one exception. On the CPU long
@@ -103,14 +106,25 @@ def multiply(prepared: Iterable[Prepared], tasks: int) -> Tensor:
 
     Of DTensors, the ranks sum the ``[K, K]`` products of their shards.
 
+    Args:
+        prepared: of all gradients.
+        tasks: number of tasks, K.
+        known: the inner products of all but the last, ``[K - 1, K - 1]``. Then only those
+            with the last are taken, which is less work.
+
     Returns:
         Shape ``[K, K]``, float64, symmetric, on the device of the first gradient; zeros
         on the CPU if there is none.
     """
-    totals = [_sum_over(part.groups, _products_of(part, tasks)) for part in prepared]
+    totals = [
+        _sum_over(part.groups, _products_of(part, tasks, known)) for part in prepared
+    ]
     if not totals:
         return torch.zeros(tasks, tasks, dtype=torch.float64, device="cpu")
-    return reduce(lambda total, more: total + more.to(total.device), totals)
+    total = reduce(lambda total, more: total + more.to(total.device), totals)
+    if known is not None:
+        total[:-1, :-1] = known
+    return total
 
 
 @torch.no_grad()
@@ -183,20 +197,27 @@ def shift(target: Tensor, entries: Entries, weights: Tensor, active: Tensor) -> 
     on_cpu = weights.device.type == "cpu"
     if on_cpu and not active:
         return
-    mine = as_real(writable(local(target)))
+    mine, grads = writable(local(target)), local_entries(entries)
+    if on_cpu and not _is_sparse(grads) and mine.is_contiguous():
+        _shift_by_blocks(_flat({-1: mine, **grads}), weights.tolist())
+        return
     wide = _WIDER.get(mine.dtype, mine.dtype)
     moved = mine.to(wide)
-    for task, entry in local_entries(entries).items():
-        factor = weights[task].to(mine.device, wide)
-        if entry.layout is not torch.strided:
-            moved = moved + entry.to(wide) * factor
-        elif on_cpu:
-            moved = moved.add(as_real(entry), alpha=float(factor))
-        else:
-            moved = moved + as_real(entry).to(wide) * factor
-    if not on_cpu:
-        moved = torch.where(active.to(mine.device), moved, mine.to(wide))
-    mine.copy_(moved)
+    for task, grad in grads.items():
+        moved = moved + grad.to(wide) * weights[task].to(mine.device)
+    mine.copy_(torch.where(active.to(mine.device), moved, mine.to(wide)))
+
+
+def _shift_by_blocks(flat: Entries, factors: list[float]) -> None:
+    """Add the weighted sum of flat gradients to entry -1, block by block."""
+    dtype = flat[-1].dtype
+    scratch = flat[-1].new_empty(_BLOCK, dtype=_WIDER.get(dtype, dtype))
+    for block in zip(*(torch.split(t, _BLOCK) for t in flat.values()), strict=True):
+        moved = scratch[: len(block[0])].copy_(block[0])
+        for task, part in zip([*flat][1:], block[1:], strict=True):
+            if factors[task]:
+                moved.add_(part, alpha=factors[task])
+        block[0].copy_(moved)
 
 
 def local_entries(entries: Entries) -> Entries:
@@ -300,13 +321,14 @@ def _flat(entries: Entries) -> Entries:
     return {task: grad.reshape(-1) for task, grad in entries.items()}
 
 
-def _products_of(part: Prepared, tasks: int) -> Tensor:
+def _products_of(part: Prepared, tasks: int, known: Tensor | None) -> Tensor:
     """Take the inner products of all that this rank has."""
+    last = known is not None
     products: list[Tensor] = [_kernels().gramian(table) for table, _ in part.fused]
     small, quick = [], []
     for entries in part.rest:
         if _is_sparse(entries):
-            products.append(_multiply_sparse(entries, tasks))
+            products.append(_multiply_sparse(entries, tasks, last=last))
             continue
         flat = _flat(entries)
         first = first_of(flat)
@@ -316,12 +338,21 @@ def _products_of(part: Prepared, tasks: int) -> Tensor:
         elif _is_long(first) and not part.groups:
             quick.append(flat)
         else:
-            products.append(_multiply_large(flat, tasks))
-    products += [_multiply_packed(_packed(pack, tasks)) for pack in _packs(small)]
-    total = _sum([*products, *(_multiply_as_they_are(flat, tasks) for flat in quick)])
-    if quick and _in_doubt(total):
-        total = _sum([*products, *(_multiply_large(flat, tasks) for flat in quick)])
+            products.append(_multiply_large(flat, tasks, last=last))
+    rows = [_packed(pack, tasks) for pack in _packs(small)]
+    products += [_multiply_packed(pack, last=last) for pack in rows]
+    fast = [_multiply_as_they_are(flat, tasks, last=last) for flat in quick]
+    total = _sum([*products, *fast])
+    if quick and _in_doubt(total, known):
+        sure = [_multiply_large(flat, tasks, last=last) for flat in quick]
+        total = _sum([*products, *sure])
     return total
+
+
+def _pairs(tasks: Collection[int], count: int, *, last: bool) -> list[tuple[int, int]]:
+    """List the pairs of tasks whose products are wanted: all, or those with the last."""
+    every = combinations_with_replacement(tasks, 2)
+    return [(i, j) for i, j in every if not last or j == count - 1]
 
 
 def _sum(products: list[Tensor]) -> Tensor:
@@ -359,17 +390,21 @@ def _packed(pack: list[Entries], tasks: int) -> Tensor:
     return torch.cat(parts).view(tasks, -1)
 
 
-def _multiply_packed(rows: Tensor) -> Tensor:
+def _multiply_packed(rows: Tensor, *, last: bool) -> Tensor:
     """Take the inner products of rows ``[K, n]`` of one pack in float64."""
     wide = rows.double()
-    return wide @ wide.T
+    if not last:
+        return wide @ wide.T
+    total = wide.new_zeros(len(wide), len(wide))
+    total[:, -1] = wide @ wide[-1]
+    return total
 
 
-def _multiply_large(flat: Entries, tasks: int) -> Tensor:
+def _multiply_large(flat: Entries, tasks: int, *, last: bool) -> Tensor:
     """Take the inner products of one parameter in float64, block by block."""
     first = first_of(flat)
     if first.dtype is torch.float64 and first.device.type == "cpu":
-        return _multiply_as_they_are(flat, tasks)
+        return _multiply_as_they_are(flat, tasks, last=last)
     size = min(_WIDE_BLOCK if first.device.type == "cpu" else _DEVICE_BLOCK, len(first))
     total = first.new_zeros(tasks, tasks, dtype=torch.float64)
     # One piece of memory for all blocks: to allocate each costs more than its products.
@@ -379,17 +414,21 @@ def _multiply_large(flat: Entries, tasks: int) -> Tensor:
         rows = scratch[:, : len(block[0])]
         for task, part in zip(flat, block, strict=True):
             rows[task].copy_(part)
-        total.addmm_(rows, rows.T)
+        if last:
+            total[:, -1].addmv_(rows, rows[-1])
+        else:
+            total.addmm_(rows, rows.T)
     return total
 
 
-def _multiply_as_they_are(flat: Entries, tasks: int) -> Tensor:
+def _multiply_as_they_are(flat: Entries, tasks: int, *, last: bool) -> Tensor:
     """Take the inner products of one parameter, block by block in its own dtype."""
     products: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
     blocks = [torch.split(tensor, _BLOCK) for tensor in flat.values()]
+    pairs = _pairs(flat, tasks, last=last)
     for block in zip(*blocks, strict=True):
         parts = dict(zip(flat, block, strict=True))
-        for i, j in combinations_with_replacement(flat, 2):
+        for i, j in pairs:
             products[i, j].append(torch.dot(parts[i], parts[j]))
     total = first_of(flat).new_zeros(tasks, tasks, dtype=torch.float64)
     for (i, j), parts_ij in products.items():
@@ -397,7 +436,7 @@ def _multiply_as_they_are(flat: Entries, tasks: int) -> Tensor:
     return total
 
 
-def _multiply_sparse(entries: Entries, tasks: int) -> Tensor:
+def _multiply_sparse(entries: Entries, tasks: int, *, last: bool) -> Tensor:
     """Take the inner products of a parameter that has a sparse gradient."""
     # Coalescing first: a product must meet the sum of all entries of a row.
     wide = {
@@ -407,7 +446,7 @@ def _multiply_sparse(entries: Entries, tasks: int) -> Tensor:
     total = torch.zeros(
         tasks, tasks, dtype=torch.float64, device=first_of(entries).device
     )
-    for i, j in combinations_with_replacement(wide, 2):
+    for i, j in _pairs(wide, tasks, last=last):
         a, b = wide[i], wide[j]
         if a.is_sparse and b.is_sparse:
             total[i, j] = (a * b).coalesce().values().sum()
@@ -419,17 +458,22 @@ def _multiply_sparse(entries: Entries, tasks: int) -> Tensor:
     return total
 
 
-def _in_doubt(gramian: Tensor) -> bool:
-    """Say whether float32 products may have spoilt a Gramian on the CPU."""
+def _in_doubt(gramian: Tensor, known: Tensor | None) -> bool:
+    """Say whether float32 products may have spoilt a Gramian on the CPU.
+
+    Args:
+        gramian: of the products.
+        known: that of all tasks but the last, if only products with the last were taken.
+    """
     # Below 1e-20 squares of elements begin to underflow.
-    if not all(1e-20 < square < math.inf for square in gramian.diagonal().tolist()):
+    squares = gramian.diagonal() if known is None else gramian.diagonal()[-1:]
+    if not all(1e-20 < square < math.inf for square in squares.tolist()):
         return True
     if gramian.min() >= 0:
         return False
-    norms = gramian.diagonal().sqrt()
-    cosines = gramian / norms / norms[:, None]
     # An error reaches the weights magnified by 1 / the lowest eigenvalue.
-    return bool(torch.linalg.eigvalsh(cosines)[0] < 0.1)
+    matrix = cosines(gramian if known is None else known)
+    return not torch.linalg.eigvalsh(matrix.nan_to_num(0, 0, 0))[0] >= 0.1
 
 
 def _add_alike(kind: list[Entries], factors: list[float] | list[Tensor]) -> None:

@@ -85,6 +85,7 @@ class StoredGradients:
         given = by_task or {}
         self._by_task = {name: given.get(name, {}) for name in self.names}
         self._all: _Parts | None = None
+        self._gramian: Tensor | None = None
 
     def __getitem__(self, name: str) -> dict[Tensor, Tensor]:
         """Give the gradients of one task by parameter."""
@@ -96,10 +97,32 @@ class StoredGradients:
 
     def gramian(self, over: Iterable[Tensor] | None = None) -> Tensor:
         """See :meth:`TaskGradients.gramian`."""
-        if over is None:
+        if over is not None:
+            return multiply(self._parts(set(over)).prepared, len(self.names))
+        if self._gramian is None:
             self._all = self._all or self._parts()
-            return multiply(self._all.prepared, len(self.names))
-        return multiply(self._parts(set(over)).prepared, len(self.names))
+            self._gramian = multiply(self._all.prepared, len(self.names))
+        return self._gramian
+
+    def gramian_with(self, vector: Mapping[Tensor, Tensor]) -> Tensor:
+        """Take the inner products of the gradients and, last, of one more vector.
+
+        Args:
+            vector: by parameter. Where no task reaches one it does not count.
+
+        Returns:
+            Shape ``[K + 1, K + 1]``, float64, symmetric.
+        """
+        parts = self._all or self._parts()
+        last = len(self.names)
+        given = {
+            # A base may keep its averages in another dtype.
+            p: {**entries, last: vector[p].to(first_of(entries).dtype)}
+            if p in vector
+            else entries
+            for p, entries in parts.given.items()
+        }
+        return multiply(_sorted(given, last + 1).prepared, last + 1, self.gramian())
 
     def combine(
         self, weights: Tensor, gramian: Tensor | None = None, *, keep: bool = False
