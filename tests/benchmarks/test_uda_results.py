@@ -449,16 +449,12 @@ def test_the_command_trains_what_its_store_lacks(
         assert train is run
         for config in configs:
             trained.append(config)
-            yield run(replace(config, batch_size=8), given)
-
-    def keyed(config: Config, **foreign: object) -> str:
-        return key_of(replace(config, batch_size=8), **foreign)  # type: ignore[arg-type]  # by name
+            yield run(config, given)
 
     monkeypatch.setattr(job, "load_task", lambda *_: data[-1])
     monkeypatch.setattr(job, "start_pool", nullcontext)
     monkeypatch.setattr(job, "timed", lambda *_: ratios)
     monkeypatch.setattr(job, "finished", finished)
-    monkeypatch.setattr(job, "key_of", keyed)
     monkeypatch.setattr(job, "draw_all", lambda *_: [])
     asked = ["--steps", "2", "--out", str(tmp_path), "--seeds"]
     main([*asked, "1"])
