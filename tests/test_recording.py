@@ -424,13 +424,16 @@ def test_a_recorder_keeps_no_optimizer_alive() -> None:
 
 
 def test_steps_that_do_not_fit_together_are_not_lost() -> None:
-    recorder = Recorder()
+    recorder = Recorder(2)
     step = found([1.0, 0.0], [0.0, 1.0])
     recorder.record(step, layers={"x": step.gramian})
     recorder.record(step, layers={"x": step.gramian[:1]})
     with pytest.raises(RuntimeError):
         recorder.flush()
-    assert len(recorder._steps) == 2
+    # Both are there: for one more there is no room.
+    assert recorder.lost == 0
+    recorder.record(step)
+    assert recorder.lost == 1
 
 
 def test_a_hook_may_remove_itself() -> None:

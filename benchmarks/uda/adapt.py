@@ -91,7 +91,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         with bench_extra("images"):  # now, not after hours
             import PIL  # noqa: F401
-            import scipy  # noqa: F401
             import tqdm  # noqa: F401
         task = load_task(options.dataset, options.source, options.target, options.data)
         _check_batch(task, options.batch)

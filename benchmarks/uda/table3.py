@@ -70,8 +70,7 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
         data = None if name == DEMO else options.data
         try:
             with bench_extra():
-                import scipy  # noqa: F401  # now, not after hours
-                import tqdm  # noqa: F401
+                import tqdm  # noqa: F401  # now, not after hours
             known = read_runs(options.store, Run)
             missing = [one for one in configs if key_of(one, device) not in known]
             to_train = missing and not options.show

@@ -13,7 +13,6 @@ from torch import nn
 from torch.optim import SGD
 
 import ghopt
-from benchmarks.common.statistics import paired_difference
 from benchmarks.common.store import append_run, read_runs
 from benchmarks.uda import __main__ as job
 from benchmarks.uda import plots, timing
@@ -60,35 +59,6 @@ def keep(folder: Path, runs: Iterable[Result]) -> Path:
     for one in runs:
         append_run(path, one)
     return path
-
-
-def test_the_difference_is_paired_by_seed() -> None:
-    difference = paired_difference([51.0, 62.0, 70.0], [50.0, 60.0, 67.0])
-    assert difference.mean == pytest.approx(2)
-    assert difference.error == pytest.approx(1 / math.sqrt(3))
-    assert difference.margin == pytest.approx(4.303 / math.sqrt(3))
-    assert difference.is_noise
-
-
-def test_the_margin_narrows_to_two_standard_errors() -> None:
-    for count in (21, 22, 200):
-        rule = [float(seed % 2) for seed in range(count)]
-        difference = paired_difference(rule, [0.0] * count)
-        assert difference.margin == pytest.approx(2 * difference.error, rel=0.05)
-
-
-def test_below_three_seeds_everything_is_noise() -> None:
-    assert paired_difference([60.0], [50.0]).is_noise
-    assert paired_difference([60.0, 60.0], [50.0, 50.0]).is_noise
-    assert not paired_difference([60.0] * 3, [50.0] * 3).is_noise
-    assert not math.isfinite(paired_difference([60.0], [50.0]).error)
-
-
-def test_accuracies_that_do_not_pair_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"zip\(\)"):
-        paired_difference([1.0, 2.0], [1.0, 2.0, 3.0])
-    with pytest.raises(ValueError, match="no accuracies"):
-        paired_difference([], [])
 
 
 def test_the_verdict_says_when_no_rule_helps() -> None:
@@ -479,16 +449,12 @@ def test_the_command_trains_what_its_store_lacks(
         assert train is run
         for config in configs:
             trained.append(config)
-            yield run(replace(config, batch_size=8), given)
-
-    def keyed(config: Config, **foreign: object) -> str:
-        return key_of(replace(config, batch_size=8), **foreign)  # type: ignore[arg-type]  # by name
+            yield run(config, given)
 
     monkeypatch.setattr(job, "load_task", lambda *_: data[-1])
     monkeypatch.setattr(job, "start_pool", nullcontext)
     monkeypatch.setattr(job, "timed", lambda *_: ratios)
     monkeypatch.setattr(job, "finished", finished)
-    monkeypatch.setattr(job, "key_of", keyed)
     monkeypatch.setattr(job, "draw_all", lambda *_: [])
     asked = ["--steps", "2", "--out", str(tmp_path), "--seeds"]
     main([*asked, "1"])

@@ -5,14 +5,13 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from itertools import permutations, product
+from itertools import permutations
 from pathlib import Path
-from statistics import NormalDist, mean, median
+from statistics import mean, median
 
 import pytest
 import torch
 
-from benchmarks.common.statistics import interval
 from benchmarks.common.store import append_run, hash_of, read_runs
 from benchmarks.uda import table3
 from benchmarks.uda.data import SHA256, Task
@@ -22,7 +21,6 @@ from benchmarks.uda.runs.configs import make_configs
 from benchmarks.uda.runs.records import Result, Run, key_of, summarize
 from benchmarks.uda.runs.train import run
 from benchmarks.uda.table3 import BATCH, RATE, main, train
-from benchmarks.uda.views import paper_table
 from benchmarks.uda.views.paper_table import (
     PAPER,
     describe_oracle,
@@ -332,7 +330,7 @@ def test_differences_are_paired_by_seed_and_have_an_interval() -> None:
     table = lines([*plain, *better])
     assert table[0][:6] == ["DANN", "sum", "68.0", "+-", "14.2", "(5)"]
     assert " ".join(table[1]).startswith(
-        "DANN gh 70.2 +- 14.2 (5) 48.0 +- 0.0 +2.2 [+2.0, +2.5]"
+        "DANN gh 70.2 +- 14.2 (5) 48.0 +- 0.0 +2.2 [+1.9, +2.5]"
     )
 
 
@@ -395,19 +393,6 @@ def test_the_layout_of_the_paper_s_table_has_a_column_for_each_task() -> None:
         # 96.75 is the mean of the paper's 96.8 and 96.7.
         "MCD gh 91.0 +- 1.4 (2) 96.8 80.0 (1) 96.7 85.5 96.8",
     ]
-
-
-def test_the_interval_is_that_of_all_resamples_as_far_out_as_student_s_t() -> None:
-    differences = [0.3, -1.1, 2.4, 0.9, 5.0]
-    means = sorted(mean(drawn) for drawn in product(differences, repeat=5))
-    # 2.776: the quantile of Student's t with 4 degrees of freedom.
-    outside = round(NormalDist().cdf(-math.sqrt(5 / 4) * 2.776) * len(means))
-    assert outside == 3
-    low, high = interval(differences)
-    assert means[outside - 2] - 1e-9 <= low <= means[outside + 1] + 1e-9
-    assert means[-outside - 2] - 1e-9 <= high <= means[-outside + 1] + 1e-9
-    mirrored = interval([-one for one in differences])
-    assert mirrored == pytest.approx((-high, -low), abs=0.2)
 
 
 def test_seeds_that_the_sum_lacks_do_not_count_in_the_difference() -> None:
@@ -481,10 +466,13 @@ def test_the_store_s_folder_is_made_before_the_training(
     assert "runs.jsonl" in capsys.readouterr().err
 
 
-def test_few_differences_have_an_interval_without_end() -> None:
-    assert interval([1.0, 2.0, 3.0, 4.0]) == (-math.inf, math.inf)
-    assert math.isfinite(interval([1.0, 2.0, 3.0, 4.0, 5.0])[0])
-    assert interval([1.0] * 5) == (1, 1)
+def test_few_differences_have_no_interval() -> None:
+    def row(seeds: int) -> str:
+        runs = [run_of(rule, seed) for rule in ("sum", "gh") for seed in range(seeds)]
+        return " ".join(lines(runs)[1])
+
+    assert "48.0 +- 0.0 +0.0 60" in row(2)
+    assert "48.0 +- 0.0 +0.0 [+0.0, +0.0] 60" in row(3)
 
 
 def test_the_paper_s_figures_stand_beside_ours() -> None:
@@ -522,21 +510,12 @@ COMMANDS = re.findall(
 )
 
 
-def words(text: str) -> list[list[str]]:
-    """The lines' words, without the intervals and what the widths of columns decide."""
-    bare = [re.sub(r" \[[^\]]*\]", "", line) for line in text.splitlines()]
-    return [line.split() for line in bare if line.strip("-")]
-
-
 @pytest.mark.parametrize("place", range(3))
 def test_the_readme_s_tables_are_those_of_the_committed_runs(
-    place: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    place: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert len(COMMANDS) == 3
     arguments, table = COMMANDS[place]
-    # Which take a second a table, and hang on SciPy's way to draw.
-    monkeypatch.setattr(paper_table, "interval", lambda _: (-math.inf, math.inf))
     main(arguments.split())
-    expected = words(table)
-    assert len(expected) > 10
-    assert words(capsys.readouterr().out)[: len(expected)] == expected
+    assert len(table.splitlines()) > 10
+    assert capsys.readouterr().out.lstrip().startswith(table)

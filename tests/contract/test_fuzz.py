@@ -684,21 +684,8 @@ class Training(RuleBasedStateMachine):
             assert group["lr"] == other["lr"]
 
     @invariant()
-    def only_an_accumulation_holds_gradients(self) -> None:
-        collected = self.optimizer._progress.accumulation.collected
-        assert len(self.optimizer._progress.accumulation.summed) == len(
-            self.literal.sums
-        )
-        assert collected.keys() == self.literal.pending.keys()
-        for task, gradients in collected.items():
-            assert len(gradients) == len(self.literal.pending[task])
-
-    @invariant()
     def no_gradient_shares_memory(self) -> None:
-        progress = self.optimizer._progress.accumulation
-        held = [grad for task in progress.collected.values() for grad in task.values()]
-        held += progress.summed.values()
-        held += [grad for grad in grads(self.model).values() if grad is not None]
+        held = [grad for grad in grads(self.model).values() if grad is not None]
         assert not any(grad.requires_grad for grad in held)
         held += self.model.parameters()
         places = {tensor.untyped_storage().data_ptr() for tensor in held}

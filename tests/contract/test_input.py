@@ -21,6 +21,7 @@ class Training:
     """A model and its optimizer in the middle of everything that could be lost."""
 
     def __init__(self, base: Callable[..., Optimizer] = AdamW) -> None:
+        self.base = base
         self.model = models.make(models.heads_on_a_trunk, 2)
         self.optimizer = HarmonizedOptimizer(base(self.model.parameters(), lr=0.1))
         self.optimizer.step(losses=self.losses())
@@ -31,13 +32,17 @@ class Training:
 
     def held(self) -> list[object]:
         """List what a refused call must leave alone."""
-        collected = self.optimizer._progress.accumulation.collected
         return [
             self.model.state_dict(),
             [p.grad for p in self.model.parameters()],
             self.optimizer.state_dict()["state"],
-            {task: [*gradients.values()] for task, gradients in collected.items()},
         ]
+
+    def gramian(self) -> Tensor:
+        """End the accumulation, and tell what was found: also what was accumulated."""
+        self.optimizer.backward(self.losses(2))
+        assert self.optimizer.last is not None
+        return self.optimizer.last.gramian
 
     @contextmanager
     def refused(self, error: type[Exception], message: str) -> Iterator[None]:
@@ -49,7 +54,9 @@ class Training:
         assert_close(self.held(), before, rtol=0, atol=0)
         assert self.optimizer.state_dict()["param_groups"] == groups
         assert self.optimizer.last is last
-        assert len(self.optimizer._progress.accumulation.collected) == 2
+        undisturbed = Training(self.base)
+        assert self.gramian().equal(undisturbed.gramian())
+        assert_close(self.held(), undisturbed.held(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -248,10 +255,13 @@ def test_bad_weights_change_neither_grad_nor_weights_nor_state(
     before, last = copy.deepcopy(training.held()), training.optimizer.last
     with pytest.raises(error, match=message):
         training.optimizer.backward(training.losses())
-    # An exception after the passes drops what was collected.
-    assert_close(training.held()[:3], before[:3], rtol=0, atol=0)
-    assert training.optimizer._progress.accumulation.collected == {}
+    assert_close(training.held(), before, rtol=0, atol=0)
     assert training.optimizer.last is last
+    # An exception after the passes drops what was collected.
+    training.optimizer.weighting = gh
+    undisturbed = Training()
+    undisturbed.optimizer.zero_grad()
+    assert training.gramian().equal(undisturbed.gramian())
 
 
 # The constructor

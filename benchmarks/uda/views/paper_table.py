@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import mean, median, stdev
 
-from benchmarks.common.statistics import interval
+from benchmarks.common.statistics import paired_difference
 from benchmarks.common.table import lay_out
 from benchmarks.uda.methods.rules import ALL_RULES, FLIPS
 from benchmarks.uda.methods.steps import ALL_METHODS, SOURCE_ONLY
@@ -53,8 +53,8 @@ last step: target test accuracy in percent after the last step, mean +- standard
   of (so many) seeds. selected: where the error on the source's test set was least; no
   label of the target has a part in it.
 minus sum: of the {compared}, paired by seed, the sum at the same weight of the alignment
-  loss (sum x 2 and x 4: minus the sum x 1); mean, and from five seeds on the 95 %
-  bootstrap interval (expanded percentiles).
+  loss (sum x 2 and x 4: minus the sum x 1); mean, and from three seeds on the 95 %
+  interval of Student's t.
 conflict, mean cos, |g1|/|g2| (median): of alignment (1) and classification (2) over the
   generator, before harmonization, over all updates. null: share of obtuse angles of the
   same gradients with random signs.
@@ -141,8 +141,8 @@ def _row(
     first = next(iter(own.values()))
     method, rule, task = (str(first.config[key]) for key in ("method", "rule", "task"))
     weight = float(str(first.config["trade_off"]))
-    paired = [
-        getattr(run, compared) - getattr(plain[seed], compared)
+    pairs = [
+        (getattr(run, compared), getattr(plain[seed], compared))
         for seed, run in own.items()
         if seed in plain and not math.isnan(getattr(run, compared))
     ]
@@ -160,7 +160,7 @@ def _row(
         name,
         _count([run.accuracy for run in own.values()]),
         _spread(run.selected for run in own.values()),
-        "-" if reference or not paired else _difference(paired),
+        "-" if reference or not pairs else _difference(pairs),
         _median(own, lambda run: run.obtuse, ".0f"),
         _median(own, lambda run: run.cosine, "+.3f"),
         _median(own, lambda run: run.ratio, ".3f"),
@@ -180,10 +180,11 @@ def _spread(values: Iterable[float]) -> str:
     return f"{mean(found):.1f}" + (f" +- {stdev(found):.1f}" if len(found) > 1 else "")
 
 
-def _difference(paired: Sequence[float]) -> str:
-    low, high = interval(paired)
-    bounds = f" [{low:+.1f}, {high:+.1f}]" if math.isfinite(low) else ""
-    return f"{mean(paired):+.1f}{bounds}"
+def _difference(pairs: Sequence[tuple[float, float]]) -> str:
+    found = paired_difference(*zip(*pairs, strict=True))
+    if not math.isfinite(found.margin):
+        return f"{found.mean:+.1f}"
+    return f"{found.mean:+.1f} [{found.low:+.1f}, {found.high:+.1f}]"
 
 
 def _median(

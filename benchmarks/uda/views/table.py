@@ -73,7 +73,7 @@ def differences(results: Sequence[Result]) -> dict[tuple[str, str], Difference]:
 def verdict(results: Sequence[Result]) -> str:
     """Say in words which differences to the sum are more than noise.
 
-    A difference counts if it exceeds its 95 % margin (:class:`results.Difference`).
+    A difference counts if it exceeds its 95 % margin (:class:`statistics.Difference`).
     No correction for the number of comparisons is made; the text says how many of
     them chance alone lets through.
     """
