@@ -126,7 +126,7 @@ def _multipliers(
     kept = range(last) if protected is None else protected
     # On the CPU to ask is free.
     if gramian.device.type == "cpu" and (gramian[last, :last] >= 0).all():
-        return torch.zeros_like(gramian[last, :last]), torch.tensor(False, device="cpu")
+        return torch.zeros_like(gramian[last, :last]), gramian[last, last] < 0
     multipliers = dual_cone(gramian, [last], kept)[0, :last]
     return multipliers, (multipliers > 0).any()  # False where one is NaN: then all are
 

@@ -272,7 +272,7 @@ def run(
                 put_back(roles.own, grads, {**added, **sums})
                 accumulation.forget()
     is_kept = options.keep and found is not None
-    return Outcome(named, found, reused, stored if is_kept else None)
+    return Outcome(named, found, reused, stored.without_graph() if is_kept else None)
 
 
 def finish(
@@ -304,7 +304,7 @@ def finish(
     grads = [parameter.grad for parameter in roles.own]
     put_back(roles.own, grads, {**added, **summed})
     is_kept = options.keep and found is not None
-    return Outcome({}, found, None, stored if is_kept else None)
+    return Outcome({}, found, None, stored.without_graph() if is_kept else None)
 
 
 def weigh_and_combine(

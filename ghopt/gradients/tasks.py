@@ -184,6 +184,19 @@ class StoredGradients:
         reached = {p for of_task in self._by_task.values() for p in of_task}
         return (parameter for parameter in self._parameters if parameter in reached)
 
+    def without_graph(self) -> "StoredGradients":
+        """Give these, or copies of those that have a graph, so that it can be freed."""
+        by_task = {
+            name: {
+                p: grad.detach().clone() if grad.requires_grad else grad
+                for p, grad in of_task.items()
+            }
+            for name, of_task in self._by_task.items()
+        }
+        found = StoredGradients(self.names, self._parameters, by_task)
+        found._gramian = self._gramian
+        return found
+
     def add(self, other: "StoredGradients") -> "StoredGradients":
         """Add gradients of the same tasks or others, in place; those given are spoilt."""
         names = dict.fromkeys([*self.names, *other.names])

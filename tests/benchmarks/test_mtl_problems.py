@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.mtl.__main__ import PROBLEMS
 from benchmarks.mtl.problem import Problem, Training, accuracy, generator, lenet
-from benchmarks.mtl.problems import adversarial, cells, multimnist, pinn
+from benchmarks.mtl.problems import PROBLEMS, adversarial, cells, multimnist, pinn
 from benchmarks.mtl.problems.digits import digits
 from benchmarks.uda.data import Split, Task
 from ghopt import HarmonizedOptimizer, gh

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from benchmarks.common.table import lay_out
 from benchmarks.mtl import __main__ as command
-from benchmarks.mtl.__main__ import PROBLEMS, SEEDS, main
+from benchmarks.mtl.__main__ import SEEDS, main
 from benchmarks.mtl.problem import Metric, Problem, Training, generator
-from benchmarks.mtl.problems import cells, multimnist, pinn
+from benchmarks.mtl.problems import PROBLEMS, cells, multimnist, pinn
 from benchmarks.mtl.rules import RULES, rules_for, torchjd_weighting
 from benchmarks.mtl.table import NOTES, compare, format_problem, verdict
 from benchmarks.mtl.train import (
@@ -96,16 +96,21 @@ def test_pcgrad_depends_on_the_order_that_it_draws_and_gh_on_none() -> None:
 def test_rules_are_run_for_the_numbers_of_tasks_that_they_are_for_the_sum_first() -> (
     None
 ):
-    assert rules_for(2, [*RULES]) == [
+    pair, three, eight = (PROBLEMS[name] for name in ("poisson", "heat", "cells"))
+    several = ["ghpp", "upgrad", "mgda"]
+    assert rules_for(pair, [*RULES]) == [
         "sum",
         "gh",
+        "gh_projected",
         "ghpp",
         "ghpp_balanced",
-        "upgrad",
-        "mgda",
+        *several[1:],
     ]
-    assert rules_for(3, [*RULES]) == ["sum", "gh", "ghpp", "upgrad", "mgda", "pcgrad"]
-    assert rules_for(3, ["ghpp_balanced", "gh"]) == ["sum", "gh"]
+    expected = ["sum", "gh", "gh_projected", *several, "pcgrad"]
+    assert rules_for(three, [*RULES]) == expected
+    assert rules_for(three, ["ghpp_balanced", "gh"]) == ["sum", "gh"]
+    # It has a main task, which alone can be protected.
+    assert rules_for(eight, [*RULES]) == [*expected[:3], "gh_protect", *expected[3:]]
 
 
 def test_a_missing_peer_is_named_with_the_extra_that_has_it(
@@ -152,7 +157,7 @@ def test_conflict_is_what_one_counts_by_hand() -> None:
 
 
 def test_agreeing_tasks_end_bit_for_bit_at_the_sum() -> None:
-    results = {rule: run(SMALL, rule, 0, 4) for rule in rules_for(2, [*RULES])}
+    results = {rule: run(SMALL, rule, 0, 4) for rule in rules_for(SMALL, [*RULES])}
     plain = results["sum"]
     assert plain.conflict.obtuse == 0
     for rule in ("gh", "ghpp", "ghpp_balanced"):
@@ -163,7 +168,7 @@ def test_agreeing_tasks_end_bit_for_bit_at_the_sum() -> None:
 
 def test_tasks_in_conflict_end_elsewhere() -> None:
     problem = PROBLEMS["heat"]
-    results = {rule: run(problem, rule, 0, 4) for rule in rules_for(3, [*RULES])}
+    results = {rule: run(problem, rule, 0, 4) for rule in rules_for(problem, [*RULES])}
     assert results["sum"].conflict.obtuse > 0
     ends = {result.parameters for result in results.values()}
     assert len(ends) == len(results)
@@ -171,7 +176,7 @@ def test_tasks_in_conflict_end_elsewhere() -> None:
 
 def test_rules_of_a_seed_meet_the_same_first_gradients_and_gh_opposes_none() -> None:
     for problem in (PROBLEMS["poisson"], PROBLEMS["cells"]):
-        rules = rules_for(len(problem.tasks), [*RULES])
+        rules = rules_for(problem, [*RULES])
         first = [run(problem, rule, 1, 1).conflict for rule in rules]
         assert len({(one.obtuse, one.cosine) for one in first}) == 1
     sums, harmonized = (run(PROBLEMS["cells"], rule, 0, 30) for rule in ("sum", "gh"))
@@ -189,7 +194,7 @@ def test_a_run_can_be_repeated_bit_for_bit() -> None:
 def test_the_sum_of_the_wrapper_trains_like_the_plain_sum() -> None:
     for problem in (multimnist.PROBLEM, cells.PROBLEM, pinn.PROBLEMS[1]):
         plain, wrapped = problem.start(0), problem.start(0)
-        step, optimizer = plain_step(plain), harmonized(wrapped, "sum")
+        step, optimizer = plain_step(plain), harmonized(problem, wrapped, "sum")
         for _ in range(3):
             step(next(plain.batches))
             optimizer.zero_grad()
@@ -383,7 +388,7 @@ def test_the_command_prints_every_table_and_writes_every_figure(
     assert ran == {
         (problem.name, rule)
         for problem in PROBLEMS.values()
-        for rule in rules_for(len(problem.tasks), [*RULES])
+        for rule in rules_for(problem, [*RULES])
     }
 
 
@@ -401,7 +406,7 @@ def test_the_readme_has_what_the_command_prints() -> None:
         columns = " minus sum ".join(["rule " + titles[0], *titles[1:]])
         expected = f"{columns} minus sum obtuse % cosine opposed % same bits time"
         assert header.split() == expected.split()
-        rules = rules_for(len(problem.tasks), [*RULES])
+        rules = rules_for(problem, [*RULES])
         assert [row.split()[0] for row in rows] == rules
         for metric in problem.metrics:
             assert metric.headline or f"\n{metric.name} " in README
