@@ -1,35 +1,24 @@
 """Any torch optimizer, stepping on harmonized gradients: ``HarmonizedOptimizer``.
 
-The class is the contract of :class:`torch.optim.Optimizer` around the floors below. What
-that contract asks of a wrapper, and where it would break without an error, gives it its
-form:
-
-* ``param_groups``, ``state`` and ``defaults`` are properties on the base optimizer.
-  Aliases would go stale at the first ``load_state_dict``, which replaces them.
-* ``Optimizer.__init__`` is not called: it would make groups and state of its own.
-* All that changes lives in one object that is changed in place. Lightning and Fabric run
-  these methods on a proxy with our attributes, where an attribute set anew would stay.
-* No list of parameters outlives a call: Accelerate swaps parameters inside the groups.
-* Nothing is kept in ``state``: AdamW takes a filled ``state[p]`` for an initialised one.
-* Public names are forwarded to the base (``train`` and ``eval`` of schedule-free ones),
-  private ones never: with ``_step_supports_amp_scaling`` shown, GradScaler would leave
-  it to us to unscale the gradients.
+All that changes between calls lives in one object that is changed in place. Lightning and
+Fabric run these methods on a proxy with our attributes, where an attribute set anew would
+stay. No list of parameters outlives a call: Accelerate swaps parameters inside the groups.
 """
 
 import sys
 import warnings
-import weakref
-from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeAlias
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from ghopt.change import ChangeHook, copied, look, project_momentum, project_step
+from ghopt.closures import Closure, are_losses, has_new, is_single, versions
 from ghopt.geometry import Weighting, gh
 from ghopt.gradients import StoredGradients
 from ghopt.harmonize import LATE, Options, finish, numbers_of, run
@@ -37,15 +26,14 @@ from ghopt.living import living
 from ghopt.losses import Losses, named_losses, protected_names
 from ghopt.measuring import Harmonization, HarmonizeHook, check_weighting
 from ghopt.passes import BackwardFn, Roles
+from ghopt.places import placed, places
 from ghopt.progress import Progress
 from ghopt.ranks import SyncGroup, mean_over_ranks
 from ghopt.stepping import asks_scaler, has_unscaled, passing_by, takes
-
-Closure: TypeAlias = Callable[[], Any]
-"""Evaluates the model; returns a number, a scalar tensor or the losses of the tasks."""
+from ghopt.wrapper import Wrapper
 
 
-class HarmonizedOptimizer(Optimizer):
+class HarmonizedOptimizer(Wrapper):
     """Wrap an optimizer so that it steps on harmonized task gradients.
 
     >>> model = torch.nn.Linear(2, 1)
@@ -123,6 +111,15 @@ class HarmonizedOptimizer(Optimizer):
             is empty, or has neither ``gh`` nor ``project_step`` to do it.
     """
 
+    _arguments = (
+        "base_optimizer",
+        "weighting",
+        "measure_every",
+        "deferred",
+        "project_step",
+        "protect",
+    )
+
     def __init__(
         self,
         base_optimizer: Optimizer,
@@ -163,7 +160,9 @@ class HarmonizedOptimizer(Optimizer):
         self.measure_every = measure_every
         self.deferred = deferred
         self.project_step = project_step
-        self._shared = None if shared_params is None else self._places(shared_params)
+        self._shared = (
+            None if shared_params is None else places(shared_params, base_optimizer)
+        )
         self._set_up()
 
     def backward(
@@ -356,10 +355,6 @@ class HarmonizedOptimizer(Optimizer):
         else:
             clear()
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the base optimizer."""
-        self.base_optimizer.add_param_group(param_group)
-
     def state_dict(self) -> dict[str, Any]:
         """Give the state of the base optimizer: nothing is added to it.
 
@@ -391,73 +386,16 @@ class HarmonizedOptimizer(Optimizer):
         """What the last ``backward`` that harmonized found and did; None before it."""
         return self._progress.last
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The groups of the base optimizer."""
-        return self.base_optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, param_groups: list[dict[str, Any]]) -> None:
-        self.base_optimizer.param_groups = param_groups
-
-    @property
-    def state(self) -> defaultdict[Tensor, Any]:
-        """The state of the base optimizer."""
-        return self.base_optimizer.state
-
-    @state.setter
-    def state(self, state: defaultdict[Tensor, Any]) -> None:
-        self.base_optimizer.state = state
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The defaults of the base optimizer."""
-        return self.base_optimizer.defaults
-
-    @defaults.setter
-    def defaults(self, defaults: dict[str, Any]) -> None:
-        self.base_optimizer.defaults = defaults
-
     def __getattr__(self, name: str) -> Any:
         """Forward unknown public names to the base optimizer."""
         if name == "_step_supports_amp_scaling" and asks_scaler(sys._getframe(1)):
             # The last chance before it unscales: a framework may decide late on a step.
             self._finish(scaled=True)
-        # base_optimizer itself is unknown while unpickling.
-        base = self.__dict__.get("base_optimizer")
-        if base is not None and not name.startswith("_"):
-            try:
-                return getattr(base, name)
-            except AttributeError:
-                pass  # a typo is one of this object's, and so are the names to suggest
-        message = f"{type(self).__name__!r} object has no attribute {name!r}"
-        raise AttributeError(message, name=name, obj=self)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        """Write public names that only the base optimizer has to the base optimizer."""
-        base = self.__dict__.get("base_optimizer")
-        if base is None or self._owns(name) or not hasattr(base, name):
-            super().__setattr__(name, value)
-        else:
-            setattr(base, name, value)
-
-    def __delattr__(self, name: str) -> None:
-        """Delete public names that only the base optimizer has from the base optimizer."""
-        if self._owns(name) or name in self.__dict__:
-            super().__delattr__(name)
-        else:
-            delattr(self.base_optimizer, name)
-
-    def _owns(self, name: str) -> bool:
-        """Say whether a name is one of this object, whatever the base has."""
-        is_ours = (
-            name in _ARGUMENTS or name in self.__dict__ or hasattr(type(self), name)
-        )
-        return name.startswith("_") or is_ours
+        return super().__getattr__(name)
 
     def __getstate__(self) -> dict[str, Any]:
         """Give what a copy needs: as in torch, hooks stay behind."""
-        return {name: self.__dict__[name] for name in (*_ARGUMENTS, "_shared")}
+        return {name: self.__dict__[name] for name in (*self._arguments, "_shared")}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         """Take what :meth:`__getstate__` gave."""
@@ -527,14 +465,13 @@ class HarmonizedOptimizer(Optimizer):
         progress.value = None
         progress.values.clear()
         progress.evaluations += 1
-        # Weakly: what the closure clears must not live on through its passes.
-        before = {id(g): (weakref.ref(g), g._version) for g in self._grads()}
+        before = versions(self._grads())
         with torch.enable_grad():  # as bases do, but for those that leave it to us
             result = closure()
             is_done = progress.value is not None or bool(progress.values)
             # One element, and a backward pass has been: a loss, not a list of one.
-            is_loss = _is_single(result) and self._has_new_grads(before)
-            if _are_losses(result) and not (is_done or is_loss):
+            is_loss = is_single(result) and has_new(self._grads(), before)
+            if are_losses(result) and not (is_done or is_loss):
                 losses = named_losses(result)
                 self.zero_grad()
                 self.backward(losses)
@@ -625,18 +562,8 @@ class HarmonizedOptimizer(Optimizer):
         return None if names is None else numbers_of(names, gradients.names)
 
     def _grads(self) -> list[Tensor]:
-        parameters = (parameter for _, parameter in self._placed())
+        parameters = (parameter for _, parameter in placed(self.param_groups))
         return [p.grad for p in parameters if p.grad is not None]
-
-    def _has_new_grads(
-        self, before: Mapping[int, tuple[weakref.ref[Tensor], int]]
-    ) -> bool:
-        """Say whether gradients were made or changed."""
-        for grad in self._grads():
-            old, version = before.get(id(grad), (None, 0))
-            if old is None or old() is not grad or version != grad._version:
-                return True
-        return False
 
     def _warn_of_plain_gradients(self) -> None:
         """Warn once of a training that does not know of ``backward``."""
@@ -666,7 +593,7 @@ class HarmonizedOptimizer(Optimizer):
         # Dictionaries, since one parameter may stand in a group twice.
         harmonized: dict[Tensor, None] = {}
         summed: dict[Tensor, None] = {}
-        for place, parameter in self._placed():
+        for place, parameter in placed(self.param_groups):
             if parameter.requires_grad or parameter in started:
                 is_shared = self._shared is None or place in self._shared
                 (harmonized if is_shared else summed)[parameter] = None
@@ -688,64 +615,9 @@ class HarmonizedOptimizer(Optimizer):
         # What was not finite was no measurement, and its step may well have been skipped.
         return None if is_held and not last.weights.isfinite().all() else last
 
-    def _placed(self) -> Iterator[tuple[tuple[int, int], Tensor]]:
-        """Yield the parameters with their places: number of the group, number in it."""
-        for number, group in enumerate(self.param_groups):
-            for index, parameter in enumerate(group["params"]):
-                yield (number, index), parameter
-
-    def _places(self, shared_params: Iterable[Tensor]) -> frozenset[tuple[int, int]]:
-        """Find the places of the shared parameters."""
-        is_other = isinstance(shared_params, Tensor | nn.Module)
-        if is_other or not isinstance(shared_params, Iterable):
-            raise TypeError(
-                f"shared_params must be an iterable of parameters, got "
-                f"{type(shared_params)}: pass trunk.parameters()"
-            )
-        wanted = list(shared_params)
-        if not wanted:
-            raise ValueError("shared_params must hold a parameter, got none")
-        for index, parameter in enumerate(wanted):
-            if not isinstance(parameter, Tensor):
-                entry = f"{type(parameter)} at {index}"
-                raise TypeError(f"shared_params must hold parameters, got {entry}")
-        known = {parameter for _, parameter in self._placed()}
-        for index, parameter in enumerate(wanted):
-            if parameter not in known:
-                given = f"one of shape {list(parameter.shape)} at {index} that is not"
-                raise ValueError(
-                    f"shared_params must be in base_optimizer, got {given}"
-                )
-        members = set(wanted)
-        return frozenset(place for place, p in self._placed() if p in members)
-
-
-_ARGUMENTS = (
-    "base_optimizer",
-    "weighting",
-    "measure_every",
-    "deferred",
-    "project_step",
-    "protect",
-)
 
 _NO_FUNCTION = (
     "with shared_params some parameters receive the weighted sum, the others the plain sum, "
     "and no function has both as its gradient. Leave shared_params out, or give the other "
     "parameters an optimizer of their own"
 )
-
-
-def _are_losses(result: Any) -> bool:
-    """Say whether a closure returned losses, and not one number in whatever form."""
-    if isinstance(result, Tensor):
-        return result.dim() == 1 and (result.numel() != 1 or result.requires_grad)
-    # An array of no dimension calls itself iterable.
-    is_number = getattr(result, "ndim", None) == 0
-    return isinstance(result, Iterable) and not (
-        is_number or isinstance(result, str | bytes)
-    )
-
-
-def _is_single(result: Any) -> bool:
-    return isinstance(result, Tensor) and result.numel() == 1

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ghopt.forms import local, placed_as
 from ghopt.gradients import StoredGradients
-from ghopt.gradients.products import accumulate
+from ghopt.gradients.sums import accumulate
 from ghopt.ranks import Alone, Ranks
 
 BackwardFn: TypeAlias = Callable[..., object]

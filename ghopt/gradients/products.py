@@ -1,43 +1,30 @@
-"""Inner products and weighted sums of the gradients of K tasks, parameter by parameter.
-
-The gradients of one parameter are :data:`Entries`: a dictionary from the number of the
-task, missing where it does not reach the parameter. An entry may have any floating-point
-or complex dtype (a complex number counts as a pair of reals) and any strides, be sparse,
-or be a DTensor without partial values. Nothing here knows how gradients are made.
-"""
+"""Inner products of the gradients of K tasks, parameter by parameter."""
 
 import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable
-from functools import cache, reduce
-from importlib import import_module
-from importlib.util import find_spec
+from functools import reduce
 from itertools import combinations_with_replacement
-from operator import mul
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, overload
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ghopt.forms import (
-    as_real,
-    local,
-    writable,
-)
 from ghopt.geometry import cosines
+from ghopt.gradients.entries import (
+    BLOCK,
+    Entries,
+    Prepared,
+    first_of,
+    flattened,
+    is_sparse,
+    kernels,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-Entries: TypeAlias = dict[int, Tensor]
-"""The gradients of one parameter by task, missing ones left out; at least one."""
-
-# Elements per block on the CPU: a block, and the float64 copy of one, stay in the cache
-# for every product that they enter. How many sums of float32 a dot product keeps side by
-# side is the processor's choice: over blocks of 64K elements the whole was off by up to
-# 2e-8 on a Xeon and 2e-7 on an EPYC, over 16K by 4e-8 there, for a third more time.
-_BLOCK = 2**14
 _WIDE_BLOCK = 2**15
 # Elsewhere a block only bounds the memory that its float64 copy takes, to 32 MB a task.
 _DEVICE_BLOCK = 2**22
@@ -50,46 +37,6 @@ _SMALL = 2**14
 # A pack has this many elements of a task and one tensor more at most, so that packing
 # takes no memory to speak of, however many small tensors there are.
 _PACK_ELEMENTS = 2**16
-
-# Where each dtype is summed if more digits are needed than it has.
-_WIDER = {
-    torch.float16: torch.float32,
-    torch.bfloat16: torch.float32,
-    torch.float32: torch.float64,
-    torch.complex64: torch.complex128,
-}
-_HALVES = (torch.float16, torch.bfloat16)
-# A float32 sum is off by 1e-7 of what it adds up; where less than this remains of that,
-# float64 keeps four digits.
-_REMAINDER = 1e-3
-
-
-class Prepared(NamedTuple):
-    """Gradients sorted by what multiplies and adds them.
-
-    Attributes:
-        groups: over which the shards are spread, one per mesh axis; none for tensors
-            that this rank has as a whole.
-        fused: what kernels take: each table, and the tensors whose addresses it holds.
-        rest: all others.
-    """
-
-    groups: "tuple[ProcessGroup, ...]"
-    fused: list[tuple[Any, list[Entries]]]
-    rest: list[Entries]
-
-
-def prepare(
-    groups: "tuple[ProcessGroup, ...]", parameters: list[Entries], tasks: int
-) -> Prepared:
-    """Sort the gradients of some parameters.
-
-    Args:
-        groups: over which their shards are spread.
-        parameters: what this rank has of each, see :func:`local_entries`.
-        tasks: number of tasks, K.
-    """
-    return Prepared(groups, *_fusible(parameters, tasks))
 
 
 @torch.no_grad()
@@ -127,178 +74,11 @@ def multiply(
     return total
 
 
-@torch.no_grad()
-def add(
-    prepared: Iterable[Prepared], weights: Tensor, gramian: Tensor | None = None
-) -> None:
-    """Sum the gradients of K tasks with their weights, in place.
-
-    The sum takes the place of the first entry of each parameter; the other entries may be
-    spoilt. float16 and bfloat16 gradients are summed in float32 and rounded once. So are
-    float32 gradients on the CPU, in float64, unless the Gramian shows that they do not
-    cancel; on a GPU the kernels do that at no cost.
-
-    Args:
-        prepared: of all gradients. Nothing else may hold these tensors.
-        weights: shape ``[K]``, float64.
-        gramian: inner products of the gradients, ``[K, K]``; saves time.
-    """
-    wide = weights.device.type == "cpu" and (
-        gramian is None or _cancel(gramian, weights)
-    )
-    for part in prepared:
-        for table, entries in part.fused:
-            on_device = weights.to(first_of(entries[0]).device, torch.float64)
-            _kernels().combine(table, on_device.contiguous())
-        _add_rest(part.rest, weights, wide=wide)
-
-
-def add_with_graph(entries: Entries, weights: Tensor) -> Tensor:
-    """Sum the gradients of one parameter such that the sum can be differentiated.
-
-    In new memory; the weights count as constant.
-    """
-    with torch.enable_grad():
-        return reduce(
-            torch.add,
-            (
-                grad * weights[task].to(grad.device, grad.dtype)
-                for task, grad in entries.items()
-            ),
-        )
-
-
-@overload
-def accumulate(grad: Tensor | None, more: Tensor) -> Tensor: ...
-
-
-@overload
-def accumulate(grad: Tensor | None, more: Tensor | None) -> Tensor | None: ...
-
-
-def accumulate(grad: Tensor | None, more: Tensor | None) -> Tensor | None:
-    """Add to ``.grad`` as autograd does: in place, where both are dense."""
-    if grad is None or more is None:
-        return more if grad is None else grad
-    has_graph = grad.requires_grad or more.requires_grad
-    if grad.layout is more.layout is torch.strided and not has_graph:
-        return grad.add_(more)
-    # torch adds a sparse tensor to a dense one, not the reverse.
-    return more + grad if grad.is_sparse else grad + more
-
-
-@torch.no_grad()
-def shift(target: Tensor, entries: Entries, weights: Tensor, active: Tensor) -> None:
-    """Add the weighted sum of the gradients of one parameter to another tensor, in place.
-
-    In a wider dtype, rounded once. Where ``active``, a bool scalar, is False no bit
-    changes: not even of a zero with a sign, nor beside a gradient that is not finite.
-    """
-    on_cpu = weights.device.type == "cpu"
-    if on_cpu and not active:
-        return
-    mine, grads = writable(local(target)), local_entries(entries)
-    if on_cpu and not _is_sparse(grads) and mine.is_contiguous():
-        _shift_by_blocks(_flat({-1: mine, **grads}), weights.tolist())
-        return
-    wide = _WIDER.get(mine.dtype, mine.dtype)
-    moved = mine.to(wide)
-    for task, grad in grads.items():
-        moved = moved + grad.to(wide) * weights[task].to(mine.device)
-    mine.copy_(torch.where(active.to(mine.device), moved, mine.to(wide)))
-
-
-def _shift_by_blocks(flat: Entries, factors: list[float]) -> None:
-    """Add the weighted sum of flat gradients to entry -1, block by block."""
-    dtype = flat[-1].dtype
-    scratch = flat[-1].new_empty(_BLOCK, dtype=_WIDER.get(dtype, dtype))
-    for block in zip(*(torch.split(t, _BLOCK) for t in flat.values()), strict=True):
-        moved = scratch[: len(block[0])].copy_(block[0])
-        for task, part in zip([*flat][1:], block[1:], strict=True):
-            if factors[task]:
-                moved.add_(part, alpha=factors[task])
-        block[0].copy_(moved)
-
-
-def local_entries(entries: Entries) -> Entries:
-    """Take what this rank has, such that it can be written."""
-    return {task: writable(local(grad)) for task, grad in entries.items()}
-
-
-def first_of(entries: Entries) -> Tensor:
-    """Take the entry of the first task that has one."""
-    return next(iter(entries.values()))
-
-
-def _cancel(gramian: Tensor, weights: Tensor) -> bool:
-    """Say whether gradients cancel in their weighted sum, or may."""
-    # In plain numbers: for few tasks quicker than a single call of torch.
-    rows, factors = gramian.tolist(), weights.tolist()
-    lengths = [math.sqrt(row[task]) for task, row in enumerate(rows)]
-    reach = sum(map(mul, map(abs, factors), lengths))
-    slopes = [sum(map(mul, factors, row)) for row in rows]
-    square = sum(map(mul, factors, slopes))
-    return bool(square <= (_REMAINDER * reach) ** 2)
-
-
 def _sum_over(groups: "Iterable[ProcessGroup]", tensor: Tensor) -> Tensor:
     """Sum over the ranks of every group, in place."""
     for group in groups:
         dist.all_reduce(tensor, group=group)
     return tensor
-
-
-def _add_rest(parameters: list[Entries], weights: Tensor, *, wide: bool) -> None:
-    """Sum what no kernel takes, with calls of torch."""
-    # To read weights on the CPU is free, and numbers are faster than tensors there.
-    on_cpu = weights.device.type == "cpu"
-    factors = weights.tolist() if on_cpu else list(weights.unbind())
-    kinds: dict[object, list[Entries]] = defaultdict(list)
-    for entries in parameters:
-        first = first_of(entries)
-        if _is_sparse(entries):
-            entries[min(entries)] = _add_sparse(entries, factors)
-        elif first.dtype in _HALVES or (wide and first.dtype in _WIDER):
-            _add_widened(entries, factors)
-        else:
-            kinds[first.dtype, first.device, tuple(entries)].append(entries)
-    for kind in kinds.values():
-        _add_alike(kind, factors)
-
-
-@cache
-def _kernels() -> Any:
-    """Import the kernels, if triton is there."""
-    return import_module("ghopt.gradients.kernels") if find_spec("triton") else None
-
-
-def _on_gpu(tensor: Tensor) -> bool:
-    # The table of a captured kernel would be read again at each replay.
-    return tensor.is_cuda and not torch.cuda.is_current_stream_capturing()
-
-
-def _fusible(
-    parameters: list[Entries], tasks: int
-) -> tuple[list[tuple[Any, list[Entries]]], list[Entries]]:
-    """Sort out what kernels can take, by dtype and device, and what remains."""
-    fused: dict[object, list[Entries]] = defaultdict(list)
-    rest = []
-    for entries in parameters:
-        first = first_of(entries)
-        if not (_on_gpu(first) and _kernels() and tasks <= _kernels().MAX_TASKS):
-            rest.append(entries)
-            continue
-        reals = {task: as_real(grad) for task, grad in entries.items()}
-        if _kernels().fits(reals):
-            fused[first_of(reals).dtype, first.device].append(reals)
-        else:
-            rest.append(entries)
-    tables = [(_kernels().tabulate(group, tasks), group) for group in fused.values()]
-    return tables, rest
-
-
-def _is_sparse(entries: Entries) -> bool:
-    return any(tensor.layout is not torch.strided for tensor in entries.values())
 
 
 def _is_long(flat: Tensor) -> bool:
@@ -307,30 +87,16 @@ def _is_long(flat: Tensor) -> bool:
     return on_cpu and flat.dtype is torch.float32 and len(flat) > _LONG
 
 
-def _flat(entries: Entries) -> Entries:
-    """Flatten the gradients of one parameter, complex ones as pairs of reals.
-
-    In the order in memory, so that one in channels_last is flattened without a copy.
-    All tasks take the order of the first, which keeps their elements side by side.
-    """
-    entries = {task: as_real(grad) for task, grad in entries.items()}
-    first = first_of(entries)
-    if not first.is_contiguous():
-        order = sorted(range(first.dim()), key=first.stride, reverse=True)
-        entries = {task: grad.permute(order) for task, grad in entries.items()}
-    return {task: grad.reshape(-1) for task, grad in entries.items()}
-
-
 def _products_of(part: Prepared, tasks: int, known: Tensor | None) -> Tensor:
     """Take the inner products of all that this rank has."""
     last = known is not None
-    products: list[Tensor] = [_kernels().gramian(table) for table, _ in part.fused]
+    products: list[Tensor] = [kernels().gramian(table) for table, _ in part.fused]
     small, quick = [], []
     for entries in part.rest:
-        if _is_sparse(entries):
+        if is_sparse(entries):
             products.append(_multiply_sparse(entries, tasks, last=last))
             continue
-        flat = _flat(entries)
+        flat = flattened(entries)
         first = first_of(flat)
         if first.numel() <= _SMALL:
             small.append(flat)
@@ -424,7 +190,7 @@ def _multiply_large(flat: Entries, tasks: int, *, last: bool) -> Tensor:
 def _multiply_as_they_are(flat: Entries, tasks: int, *, last: bool) -> Tensor:
     """Take the inner products of one parameter, block by block in its own dtype."""
     products: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
-    blocks = [torch.split(tensor, _BLOCK) for tensor in flat.values()]
+    blocks = [torch.split(tensor, BLOCK) for tensor in flat.values()]
     pairs = _pairs(flat, tasks, last=last)
     for block in zip(*blocks, strict=True):
         parts = dict(zip(flat, block, strict=True))
@@ -474,47 +240,3 @@ def _in_doubt(gramian: Tensor, known: Tensor | None) -> bool:
     # An error reaches the weights magnified by 1 / the lowest eigenvalue.
     matrix = cosines(gramian if known is None else known)
     return not torch.linalg.eigvalsh(matrix.nan_to_num(0, 0, 0))[0] >= 0.1
-
-
-def _add_alike(kind: list[Entries], factors: list[float] | list[Tensor]) -> None:
-    """Sum the dense gradients of parameters alike in dtype, device and tasks.
-
-    Into those of the first task, with one or two calls of torch a task.
-    """
-    columns = {task: [entries[task] for entries in kind] for task in kind[0]}
-    first = next(iter(columns.values()))
-    for task, column in columns.items():
-        factor = factors[task]
-        if isinstance(factor, Tensor):
-            torch._foreach_mul_(column, factor.to(column[0].device))
-            if column is not first:
-                torch._foreach_add_(first, column)
-        elif column is not first:
-            torch._foreach_add_(first, column, alpha=factor)
-        elif factor != 1:  # saves a pass wherever nothing conflicts
-            torch._foreach_mul_(first, factor)
-
-
-def _add_widened(entries: Entries, factors: list[float] | list[Tensor]) -> None:
-    """Sum the dense gradients of one parameter in a wider dtype, and round once."""
-    first = first_of(entries)
-    total = torch.zeros_like(first, dtype=_WIDER[first.dtype])
-    for task, entry in entries.items():
-        factor = factors[task]
-        if isinstance(factor, Tensor):
-            total += entry.to(total.dtype) * factor.to(entry.device)
-        else:
-            total.add_(entry, alpha=factor)
-    first.copy_(total)
-
-
-def _add_sparse(entries: Entries, factors: list[float] | list[Tensor]) -> Tensor:
-    """Sum the gradients of one parameter of which some are sparse."""
-    terms = [entry * _beside(factors[task], entry) for task, entry in entries.items()]
-    # torch adds a sparse tensor to a dense one, not the reverse.
-    return reduce(torch.add, sorted(terms, key=lambda term: term.is_sparse))
-
-
-def _beside(factor: float | Tensor, entry: Tensor) -> float | Tensor:
-    """Bring a factor to the device of what it multiplies."""
-    return factor.to(entry.device) if isinstance(factor, Tensor) else factor

@@ -12,18 +12,15 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from torch import Tensor
 
 from ghopt.forms import is_dtensor, shard_groups
-from ghopt.gradients.products import (
+from ghopt.gradients.entries import (
     Entries,
     Prepared,
-    accumulate,
-    add,
-    add_with_graph,
     first_of,
     local_entries,
-    multiply,
     prepare,
-    shift,
 )
+from ghopt.gradients.products import multiply
+from ghopt.gradients.sums import accumulate, add, add_with_graph, shift
 from ghopt.losses import check_range
 
 if TYPE_CHECKING:
