@@ -4,7 +4,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 import ghopt
@@ -12,24 +11,26 @@ from ghopt import Weighting
 
 
 class Rule(NamedTuple):
-    """A weighting, and the coefficients ``[2, 2]`` of the gradients it stands for."""
+    """What a step does with its pair of losses.
+
+    Attributes:
+        weighting: of the two gradients.
+        coefficients: of the gradients that the weights stand for, ``[2, 2]``.
+        projects: whether momentum and step are projected, too (``project_step``).
+    """
 
     weighting: Weighting
     coefficients: Callable[[Tensor], Tensor]
-
-
-def sum_weights(gramian: Tensor) -> Tensor:
-    """Weights of the plain sum, ``[K]``: all 1."""
-    return torch.ones_like(gramian.diagonal())
+    projects: bool = False
 
 
 def sum_coefficients(gramian: Tensor) -> Tensor:
     """Coefficients of the plain sum, ``[K, K]``: the identity."""
-    return sum_weights(gramian).diag()
+    return ghopt.plain_sum(gramian).diag()
 
 
 RULES = {
-    "sum": Rule(sum_weights, sum_coefficients),
+    "sum": Rule(ghopt.plain_sum, sum_coefficients),
     "gh": Rule(ghopt.gh, ghopt.gh_coefficients),
     "ghpp": Rule(ghopt.ghpp, ghopt.ghpp_coefficients),
     "ghpp_printed": Rule(ghopt.ghpp_printed, ghopt.ghpp_printed_coefficients),
@@ -41,7 +42,7 @@ def flipped(task: int) -> Rule:
     """Sum the gradients with the sign of one of them changed, as in the paper's Fig. 13."""
 
     def weights(gramian: Tensor) -> Tensor:
-        signs = sum_weights(gramian)
+        signs = ghopt.plain_sum(gramian)
         signs[task] = -1
         return signs
 
@@ -52,6 +53,7 @@ FLIPS = {"minus_alignment": flipped(0), "minus_classification": flipped(1)}
 
 ALL_RULES = {
     **RULES,
+    "gh_projected": Rule(ghopt.gh, ghopt.gh_coefficients, projects=True),
     "ghpp_balanced": Rule(ghopt.ghpp_balanced, ghopt.ghpp_balanced_coefficients),
     **FLIPS,
 }

@@ -28,8 +28,12 @@ def harmonized(
     recorder: Recorder | None = None,
 ) -> Update:
     """Make the update with ``HarmonizedOptimizer``; the recorder, if any, records it."""
+    chosen = find_rule(rule)
     optimizer = HarmonizedOptimizer(
-        sgd, weighting=find_rule(rule).weighting, shared_params=list(shared)
+        sgd,
+        chosen.weighting,
+        shared_params=list(shared),
+        project_step=chosen.projects,
     )
     if recorder is not None:
         recorder.attach(optimizer)
