@@ -2,6 +2,7 @@
 
 import math
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -158,6 +159,22 @@ def test_the_plain_sum_opposes_tasks_that_the_weights_do_not() -> None:
     ]
     assert below == pytest.approx([50, 0])
     assert [sum(d.values) for d in data] == pytest.approx([100, 100])
+
+
+def with_steps(recording: Recording, cosines: Tensor) -> Recording:
+    """Add what the steps did: their cosines with the gradients, ``[n, K]``."""
+    return replace(recording, step_cosines=cosines, step_slopes=2 * cosines)
+
+
+def test_the_step_is_drawn_beside_the_gradient_with_its_sign_turned() -> None:
+    steps = torch.tensor([[-0.5, 0.3], [-0.7, -0.1]], dtype=torch.float64)
+    recording = with_steps(recording_of(pair(-0.5), pair(0.5)), steps)
+    *_, step = drawn(before_and_after, recording).patches
+    assert step.get_label() == "step taken"
+    values, edges, _ = step.get_data()  # type: ignore[attr-defined]  # steps
+    bins = zip(values, edges[1:], strict=True)
+    below = sum(share for share, right in bins if right < 0)
+    assert below == pytest.approx(25)  # one of four opposes its task
 
 
 def test_the_weights_are_drawn_as_they_were() -> None:

@@ -16,7 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.optim import SGD
+from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import ExponentialLR
 from torch.testing import assert_close
 
@@ -558,6 +558,124 @@ def test_measuring_over_nothing_that_a_loss_reaches_is_refused() -> None:
         measure([], model.parameters())
 
 
+# The step taken.
+
+
+def adam(model: Tasks, **options: Any) -> HarmonizedOptimizer:
+    """Steps of Adam, with its momentum and scales, oppose tasks now and then."""
+    return HarmonizedOptimizer(AdamW(model.parameters(), lr=0.05), **options)
+
+
+def flat(model: Tasks) -> Tensor:
+    return torch.cat([p.detach().reshape(-1).clone() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("project", [False, True])
+def test_it_keeps_what_each_step_did_to_each_task(project: bool) -> None:
+    model = models.make(models.heads_on_a_trunk, 3)
+    optimizer = adam(model, project_step=project)
+    recorder = Recorder()
+    recorder.attach(optimizer, step=True)
+    slopes, angles = [], []
+    for step in range(12):
+        losses = losses_of(model, step)
+        jacobian = literal_rows(losses, [*model.parameters()])
+        before = flat(model)
+        optimizer.step(losses=losses)
+        change = flat(model) - before
+        slopes.append(jacobian @ change)
+        angles.append(slopes[-1] / jacobian.norm(dim=1) / change.norm())
+    recording = recorder.flush()
+    assert recording.has_steps.all()
+    assert_close(recording.step_slopes, torch.stack(slopes), rtol=1e-9, atol=1e-12)
+    assert_close(recording.step_cosines, torch.stack(angles), rtol=1e-9, atol=1e-12)
+    assert recording.step_opposed.equal(torch.stack(angles) > 1e-6)
+    assert bool(recording.step_opposed.any()) != project
+    row = [*recording.rows()][4]
+    assert row["step_slope/up"] == recording.step_slopes[4, 0]
+    assert row["step_cosine/aside"] == recording.step_cosines[4, 2]
+
+
+def test_steps_are_not_looked_at_unless_asked_for() -> None:
+    recording = some_recording()
+    assert not recording.has_steps.any()
+    assert recording.step_slopes.shape == recording.weights.shape
+    assert not any(name.startswith("step_") for name in next(recording.rows()))
+
+
+def test_a_handle_ends_the_look_at_the_step_too() -> None:
+    model = models.make(models.heads_on_a_trunk, 2)
+    optimizer = adam(model)
+    recorder = Recorder()
+    handle = recorder.attach(optimizer, step=True)
+    train(optimizer, model, 1)
+    handle.remove()
+    optimizer.zero_grad()
+    optimizer.backward(losses_of(model))
+    gradients = [weakref.ref(p.grad) for p in model.parameters() if p.grad is not None]
+    optimizer.zero_grad()
+    gc.collect()
+    assert not any(grad() is not None for grad in gradients)
+    assert len(recorder.flush()) == 1
+
+
+def test_a_step_belongs_to_the_last_backward_before_it() -> None:
+    model = models.make(models.heads_on_a_trunk, 3)
+    optimizer = adam(model)
+    recorder = Recorder()
+    recorder.attach(optimizer, step=True)
+    parameters: list[Tensor] = [*model.parameters()]
+    first, second = losses_of(model, 0), losses_of(model, 1)
+    together = {"aside": second["aside"], "up": second["up"] + first["up"]}
+    jacobian = literal_rows(together, parameters)
+    before = flat(model)
+    optimizer.backward({"up": first["up"], "down": first["down"]})
+    optimizer.backward({"aside": second["aside"], "up": second["up"]})
+    optimizer.step()
+    recording = recorder.flush()
+    assert recording.has_steps.tolist() == [False, True]
+    aside, up = jacobian @ (flat(model) - before)
+    assert recording.names == ("up", "down", "aside")
+    found = recording.step_slopes[1]
+    assert_close(found[[0, 2]], torch.stack([up, aside]), rtol=1e-9, atol=1e-12)
+    assert found[1].isnan()
+
+
+def test_a_flush_before_the_step_leaves_it_out() -> None:
+    model = models.make(models.heads_on_a_trunk, 2)
+    optimizer = adam(model)
+    recorder = Recorder()
+    recorder.attach(optimizer, step=True)
+    optimizer.backward(losses_of(model))
+    assert not recorder.flush().has_steps.any()
+    optimizer.step()
+    assert len(recorder.flush()) == 0
+
+
+def test_steps_come_back_from_files_old_and_new(tmp_path: Path) -> None:
+    model = models.make(models.heads_on_a_trunk, 2)
+    optimizer = adam(model)
+    recorder = Recorder()
+    path = tmp_path / "run.jsonl"
+    handle = recorder.attach(optimizer)
+    train(optimizer, model, 2)  # lines as they were before steps were kept
+    handle.remove()
+    recorder.attach(optimizer, step=True)
+    train(optimizer, model, 3)
+    recording = recorder.flush()
+    assert recording.has_steps.tolist() == [False, False, True, True, True]
+    assert len(recording.where(recording.has_steps)) == 3
+    recording.to_jsonl(path)
+    assert_same(Recording.from_jsonl(path), recording)
+    assert '"change"' not in path.read_text().splitlines()[1]
+    model.trunk[0].weight.data.fill_(math.nan)  # type: ignore[index]  # Sequential
+    train(optimizer, model, 1)
+    broken = recorder.flush()
+    broken.to_jsonl(path)
+    assert not broken.step_opposed.any()
+    assert len(Recording.from_jsonl(path)) == 6
+
+
 # Where recordings go.
 
 
@@ -573,7 +691,8 @@ def some_recording() -> Recording:
 def assert_same(one: Recording, other: Recording) -> None:
     assert one.names == other.names
     assert one.steps.equal(other.steps)
-    for name in ("gramians", "weights", "rates", "layers"):
+    fields = ("gramians", "weights", "rates", "layers", "step_slopes", "step_cosines")
+    for name in fields:
         exact: dict[str, Any] = {"rtol": 0, "atol": 0, "equal_nan": True}
         assert_close(getattr(one, name), getattr(other, name), **exact)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ghopt import Harmonization, Recorder, Recording, gh, ghpp_printed, report
 from ghopt.plots import PLOTS
 from ghopt.report import FEWEST_STEPS, judge, make_page, pairs_of
-from tests.test_plots import pair, recording_of
+from tests.test_plots import pair, recording_of, with_steps
 
 MANY = 4 * FEWEST_STEPS
 
@@ -88,6 +88,32 @@ def test_the_less_the_sum_opposes_the_less_is_promised(
         *[pair(0.5)] * (70 - opposing),
     )
     assert advice in said(recording)
+
+
+def test_steps_that_oppose_tasks_are_told_and_project_step_is_advised() -> None:
+    recording = recording_of(*[pair(-0.5)] * MANY)
+    cosines = torch.full((MANY, 2), -0.5, dtype=torch.float64)
+    cosines[: MANY // 2, 1] = 0.1
+    text = said(with_steps(recording, cosines))
+    assert "The step that the optimizer made of it worked against a task in 50%" in text
+    assert "project_step=True" in text
+    cosines[MANY // 10 :, 1] = -0.1
+    text = said(with_steps(recording, cosines))
+    assert "against a task in 10% of 120 steps" in text
+    assert "project_step=True" not in text
+    few = with_steps(recording_of(*[pair(-0.5)] * 10), cosines[:10].abs())
+    assert "project_step=True" not in said(few)
+    assert "The step that" not in said(recording)
+
+
+def test_steps_are_not_blamed_where_the_gradients_oppose_as_often() -> None:
+    recorder = Recorder()
+    products = recording_of(pair(-0.8, ratio=5)).gramians[0]
+    for _ in range(MANY):
+        weights = ghpp_printed(products)
+        recorder.record(Harmonization(("a", "b"), products, weights))
+    cosines = torch.full((MANY, 2), 0.1, dtype=torch.float64)
+    assert "project_step" not in said(with_steps(recorder.flush(), cosines))
 
 
 def test_tasks_that_agree_need_no_weighting() -> None:

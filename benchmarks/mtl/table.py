@@ -21,6 +21,7 @@ obtuse %, cosine: of all pairs of task gradients over the shared parameters, bef
   harmonization, at all steps.
 opposed %: share of the tasks, over all steps, whose loss the weighted sum of the gradients
   raises to first order (before the optimizer makes its step of it).
+by step %: the same for the step that the optimizer made.
 same bits: seeds whose parameters are at the end those of the sum, bit by bit.
 time: CPU time of a training step over that of the plain sum without ghopt."""
 
@@ -59,7 +60,7 @@ def format_problem(
     header = ["rule"]
     for metric in headlines:
         header += [metric.name, "minus sum"]
-    header += ["obtuse %", "cosine", "opposed %", "same bits", "time"]
+    header += ["obtuse %", "cosine", "opposed %", "by step %", "same bits", "time"]
     rows = [_row(results, rule, headlines, ratios) for rule in rules]
     seeds, steps = len({one.seed for one in results}), results[0].steps
     counts = f"{_count(seeds, 'seed')}, {_count(steps, 'step')}"
@@ -143,6 +144,7 @@ def _row(
         f"{mean(one.conflict.obtuse for one in chosen):.1f}",
         f"{mean(one.conflict.cosine for one in chosen):+.3f}",
         f"{mean(one.conflict.opposed for one in chosen):.1f}",
+        f"{mean(one.conflict.set_back for one in chosen):.1f}",
         "-" if rule == "sum" else f"{same}/{len(chosen)}",
         "1" if rule == "sum" else f"{ratios[rule]:.2f}",
     ]

@@ -32,11 +32,13 @@ class Conflict:
         obtuse: share of the pairs of tasks at an obtuse angle, in percent.
         cosine: mean over pairs and steps.
         opposed: share of the tasks that the update opposed, in percent.
+        set_back: share of the tasks that the step of the optimizer opposed, in percent.
     """
 
     obtuse: float
     cosine: float
     opposed: float
+    set_back: float
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def run(problem: Problem, rule: str, seed: int, steps: int) -> Result:
     # Down to 0, so that the last batches do not decide the figures.
     decay = LambdaLR(optimizer, lambda done: 1 - done / steps)
     recorder = Recorder(steps)
-    recorder.attach(optimizer)
+    recorder.attach(optimizer, step=True)
     for batch in islice(training.batches, steps):
         optimizer.zero_grad()
         optimizer.backward(training.losses(batch))
@@ -107,6 +109,7 @@ def conflict(recording: Recording) -> Conflict:
         100 * float((cosines < -ORTHOGONAL).double().mean()),
         float(cosines.mean()),
         100 * float((updates < -ORTHOGONAL).double().mean()),
+        100 * float(recording.step_opposed.double().mean()),
     )
 
 

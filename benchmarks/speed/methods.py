@@ -97,9 +97,14 @@ def _ghopt(
     measure_every: int = 1,
     deferred: bool = False,
     recorded: bool = False,
+    project_step: bool = False,
 ) -> Step:
     optimizer = HarmonizedOptimizer(
-        base(problem), weighting, measure_every=measure_every, deferred=deferred
+        base(problem),
+        weighting,
+        measure_every=measure_every,
+        deferred=deferred,
+        project_step=project_step,
     )
     if recorded:
         Recorder().attach(optimizer)
@@ -311,6 +316,13 @@ METHODS = (
         "ghopt gh, recorded",
         "the same with a Recorder attached",
         partial(_ghopt, recorded=True),
+        gh,
+        is_gh=True,
+    ),
+    Method(
+        "ghopt gh, projected",
+        "the same with project_step=True: neither momentum nor step opposes a task",
+        partial(_ghopt, project_step=True),
         gh,
         is_gh=True,
     ),

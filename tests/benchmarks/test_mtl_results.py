@@ -184,6 +184,13 @@ def test_rules_of_a_seed_meet_the_same_first_gradients_and_gh_opposes_none() -> 
     assert harmonized.conflict.opposed == 0
 
 
+def test_steps_of_adam_oppose_tasks_that_the_gradient_does_not() -> None:
+    rules = ("gh", "gh_projected")
+    free, projected = (run(PROBLEMS["heat"], rule, 0, 60).conflict for rule in rules)
+    assert free.opposed == projected.opposed == projected.set_back == 0
+    assert free.set_back > 5
+
+
 def test_a_run_can_be_repeated_bit_for_bit() -> None:
     for rule in ("gh", "pcgrad"):
         one, two = (run(PROBLEMS["cells"], rule, 3, 5) for _ in range(2))
@@ -271,7 +278,7 @@ PROBLEM = Problem(
 
 def result(rule: str, seed: int, score: float, error: float) -> Result:
     metrics = {"score": score, "error %": error, "part": score / 2}
-    found = Conflict(obtuse=20.0 * seed, cosine=-0.25, opposed=1.5)
+    found = Conflict(obtuse=20.0 * seed, cosine=-0.25, opposed=1.5, set_back=9.25)
     # Seed 0 ends where the sum does.
     end = f"{seed}" if seed == 0 else f"{rule}{seed}"
     return Result("toy", rule, seed, 7, metrics, found, end)
@@ -288,13 +295,11 @@ def test_the_table_has_a_line_per_rule_with_paired_differences() -> None:
     lines = format_problem(PROBLEM, toy_results(), {"gh": 1.234}).splitlines()
     assert lines[0] == "toy: a toy"
     assert lines[1] == "2 tasks (a, b); 3 seeds, 7 steps"
-    expected = (
-        "score minus sum error % minus sum obtuse % cosine opposed % same bits time"
-    )
+    expected = "score minus sum error % minus sum obtuse % cosine opposed % by step % same bits time"
     assert lines[3].split() == f"rule {expected}".split()
-    plain = "sum 60.0 +- 10.0 - 3.00 +- 0.00 - 20.0 -0.250 1.5 - 1"
+    plain = "sum 60.0 +- 10.0 - 3.00 +- 0.00 - 20.0 -0.250 1.5 9.2 - 1"
     assert lines[5].split() == plain.split()
-    rule = "gh 62.0 +- 11.0 +2.0 +- 0.6 4.10 +- 0.10 +1.10 +- 0.06 20.0 -0.250 1.5 1/3 1.23"
+    rule = "gh 62.0 +- 11.0 +2.0 +- 0.6 4.10 +- 0.10 +1.10 +- 0.06 20.0 -0.250 1.5 9.2 1/3 1.23"
     assert lines[6].split() == rule.split()
     assert [line.split() for line in lines[8:]] == [
         ["metric", "sum", "gh"],
@@ -315,6 +320,7 @@ def test_one_seed_has_no_spread() -> None:
         "0.0",
         "-0.250",
         "1.5",
+        "9.2",
         "1/1",
         "1.00",
     ]
@@ -404,7 +410,9 @@ def test_the_readme_has_what_the_command_prints() -> None:
         header, _, *rows = README.split(title)[1].split("\n\n")[0].splitlines()
         titles = [metric.name for metric in problem.metrics if metric.headline]
         columns = " minus sum ".join(["rule " + titles[0], *titles[1:]])
-        expected = f"{columns} minus sum obtuse % cosine opposed % same bits time"
+        expected = (
+            f"{columns} minus sum obtuse % cosine opposed % by step % same bits time"
+        )
         assert header.split() == expected.split()
         rules = rules_for(problem, [*RULES])
         assert [row.split()[0] for row in rows] == rules
