@@ -110,7 +110,8 @@ class Recording:
     def step_opposed(self) -> Tensor:
         """Whether the step taken raised a loss, to first order, ``[n, K]``, bool.
 
-        A cosine above 1e-6 counts: less may be the rounding of the parameters.
+        A cosine above 1e-6 counts. Where the step is so small that the parameters round
+        it, as at the end of a schedule, that rounding may decide.
         """
         return self.step_cosines > 1e-6
 

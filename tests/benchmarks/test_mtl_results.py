@@ -187,8 +187,10 @@ def test_rules_of_a_seed_meet_the_same_first_gradients_and_gh_opposes_none() -> 
 def test_steps_of_adam_oppose_tasks_that_the_gradient_does_not() -> None:
     rules = ("gh", "gh_projected")
     free, projected = (run(PROBLEMS["heat"], rule, 0, 60).conflict for rule in rules)
-    assert free.opposed == projected.opposed == projected.set_back == 0
+    assert free.opposed == projected.opposed == 0
     assert free.set_back > 5
+    # As the rate falls to 0 the rounding of the parameters is no less than the step.
+    assert projected.set_back < 2
 
 
 def test_a_run_can_be_repeated_bit_for_bit() -> None:
