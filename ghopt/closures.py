@@ -1,7 +1,7 @@
 """What a closure returned, and whether it ran a backward pass."""
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -19,9 +19,7 @@ def versions(grads: Iterable[Tensor]) -> Versions:
     return {id(grad): (weakref.ref(grad), grad._version) for grad in grads}
 
 
-def has_new(
-    grads: Iterable[Tensor], before: Mapping[int, tuple[weakref.ref[Tensor], int]]
-) -> bool:
+def has_new(grads: Iterable[Tensor], before: Versions) -> bool:
     """Say whether gradients were made or changed since they were noted."""
     for grad in grads:
         old, version = before.get(id(grad), (None, 0))

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -240,7 +240,7 @@ def run(
         process_group(group)
     roles = roles._replace(outside=also_trained(models_of(group), roles.own))
     with together(None if options.accumulate_only else group) as ranks:
-        # Ranks of a group are told by ``together``.
+        # With a group ``together`` tells the other ranks of an error.
         with failing_together(roles.own if ranks is ALONE else []):
             named, reused = _losses_of_passes(
                 losses, roles, options, accumulation, reusable
@@ -248,7 +248,7 @@ def run(
             is_local = _check_replicas(named, roles, options, replicas)
         ranks.agree([*named], roles.harmonized, [*roles.summed, *roles.outside])
         agree_on_passes(roles.own, named)
-        # From here on held by this frame alone, so that an exception drops them.
+        # This empties the accumulation: if a later line raises, nothing stays in it.
         stored, summed = accumulation.take(named, roles.harmonized)
         with set_aside(roles.own) as grads:
             gradients = _collect(named, stored, summed, roles, options, ranks, grads)
@@ -257,7 +257,7 @@ def run(
             if not (gradients or _is_frozen(roles)):
                 raise ValueError(_NOWHERE)
             if reused:
-                ranks.first_weights(reused.weights)
+                ranks.first_weights(reused.weights)  # the ranks' last message, in place
                 (added,) = (stored[name] for name in named)
             elif not options.accumulate_only:
                 found, added = weigh_and_combine(
@@ -345,7 +345,7 @@ def _losses_of_passes(
     """Give the losses whose passes will run, and the weights of their sum if it is one."""
     if options.total is None:
         named = named_losses(losses)
-        _refuse_other_owner(named, roles, options)
+        _refuse_other_owner(named, roles, options, accumulation)
     else:
         named = as_in_total(losses, options.total)
     warn_of_many(named)
@@ -354,7 +354,7 @@ def _losses_of_passes(
     if _is_frozen(roles):
         device = next(iter(named.values())).device
         ones = torch.ones(len(named), dtype=torch.float64, device=device)
-        reused = Harmonization(tuple(named), ones.diag() * 0, ones)
+        reused = Harmonization(tuple(named), torch.zeros_like(ones.diag()), ones)
     else:
         found = reusable(named) if reusable else None
         if found is None:
@@ -374,11 +374,14 @@ def _in_one(losses: Mapping[str, Tensor], last: Harmonization) -> dict[str, Tens
 
 
 _owners: "WeakTensorKeyDictionary" = WeakTensorKeyDictionary()
-"""A harmonized parameter of those for which the passes of a loss have run."""
+"""For each loss, who ran its passes: weakly, the accumulation and a parameter."""
 
 
 def _refuse_other_owner(
-    losses: Mapping[str, Tensor], roles: Roles, options: Options
+    losses: Mapping[str, Tensor],
+    roles: Roles,
+    options: Options,
+    accumulation: Accumulation,
 ) -> None:
     """Refuse losses that another optimizer has run its passes for.
 
@@ -390,10 +393,18 @@ def _refuse_other_owner(
     """
     if options.backward_fn is not None or not roles.harmonized:
         return
-    owner = roles.harmonized[0]
+    # An optimizer keeps its accumulation, but may freeze its first parameter; calls of
+    # ``backward`` have the same parameters, but each an accumulation of its own.
+    mine: list[weakref.ref[Any]] = [
+        weakref.ref(accumulation),
+        weakref.ref(roles.harmonized[0]),
+    ]
     for name, loss in losses.items():
-        other = _owners.setdefault(loss, weakref.ref(owner))()  # type: ignore[no-untyped-call]  # torch's
-        if other is not None and other is not owner:
+        theirs = _owners.setdefault(loss, mine)  # type: ignore[no-untyped-call]  # torch's
+        living = [
+            (a(), b()) for a, b in zip(mine, theirs, strict=True) if b() is not None
+        ]
+        if living and all(one is not other for one, other in living):
             raise ValueError(
                 f"losses[{name!r}] went through the backward passes of another "
                 "HarmonizedOptimizer already, and these parameters received its plain sum "

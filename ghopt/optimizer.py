@@ -52,8 +52,9 @@ class HarmonizedOptimizer(Wrapper):
             their weights, ``[K]``. ``ghopt.gh``, the default, never opposes a task.
         shared_params: those over which the Gramian is taken and which receive the
             weighted sum; the other parameters of the optimizer receive the plain sum.
-            By default all parameters of the optimizer are shared. What is remembered is
-            their place in the groups, where a parameter may be replaced by another.
+            By default all parameters of the optimizer are shared. They are remembered by
+            their places in the groups, so that a parameter put in the place of another is
+            found.
         measure_every: measure the conflict in every so many steps, and in between run a
             single pass of the losses summed with the last weights: the paper's equivalent
             model (eq. 44 and 45). 1, the default, is exact. With more the weights are
@@ -408,7 +409,7 @@ class HarmonizedOptimizer(Wrapper):
         return f"{type(self).__name__}(weighting={weighting}, {self.base_optimizer!r})"
 
     def _set_up(self) -> None:
-        """Start without progress and hooks, of which torch expects these six kinds."""
+        """Start with no progress and no hooks; torch expects six dictionaries of hooks."""
         self._progress = Progress()
         self._harmonize_hooks: OrderedDict[int, HarmonizeHook] = OrderedDict()
         self._change_hooks: OrderedDict[int, ChangeHook] = OrderedDict()
@@ -442,17 +443,19 @@ class HarmonizedOptimizer(Wrapper):
             named = named_losses(losses)  # before zero_grad: an error changes nothing
             self.zero_grad()
             self.backward(named)
+        progress.drop_cleared()
         if closure is None:
             self._warn_of_plain_gradients()
-            self._prepare_base()
-        before = self._before_step(closure)
+            self._check_protect()
+            self._project_momentum()
+        before = self._parameters_before(closure)
         args = () if closure is None else (lambda: self._evaluate(closure),)
         progress.is_stepping = True
         try:
             with passing_by(base):
                 result = base.step(*args, **options)
             if before and progress.gradients:
-                self._follow(progress.gradients, before)
+                self._look_at_step(progress.gradients, before)
             return result
         finally:
             # What was collected for these weights must not meet the next ones. Not
@@ -476,8 +479,9 @@ class HarmonizedOptimizer(Wrapper):
                 self.zero_grad()
                 self.backward(losses)
             self._finish()
-        if progress.evaluations == 1:
-            self._prepare_base()
+        if progress.evaluations == 1:  # the base uses its momentum after this
+            self._check_protect()
+            self._project_momentum()
         if progress.value is None:
             self._warn_of_plain_gradients()
             return result
@@ -513,7 +517,7 @@ class HarmonizedOptimizer(Wrapper):
         keep = self.project_step or bool(self._change_hooks)
         return Options(**given, deferred=self.deferred, keep=keep, protect=self.protect)
 
-    def _before_step(self, closure: Closure | None) -> dict[Tensor, Tensor]:
+    def _parameters_before(self, closure: Closure | None) -> dict[Tensor, Tensor]:
         """Copy what a step may change, if it is to be looked at."""
         if not (self.project_step or self._change_hooks):
             return {}
@@ -527,11 +531,13 @@ class HarmonizedOptimizer(Wrapper):
         wanted = kept or (self._roles().harmonized if closure else ())
         return copied(wanted)
 
-    def _follow(self, gradients: StoredGradients, before: dict[Tensor, Tensor]) -> None:
+    def _look_at_step(
+        self, gradients: StoredGradients, before: dict[Tensor, Tensor]
+    ) -> None:
         """Project what the base did, and show it to the hooks."""
         hooks = [*self._change_hooks.values()]
         if self.project_step:
-            # Shown is what the parameters did, which rounding has a part in.
+            # Hooks see what the parameters did, rounding included.
             shown = {p: old.clone() for p, old in before.items()} if hooks else {}
             project_step(gradients, before, self._protected(gradients))
             before = shown
@@ -540,18 +546,17 @@ class HarmonizedOptimizer(Wrapper):
             for hook in hooks:
                 hook(change)
 
-    def _prepare_base(self) -> None:
-        """Project the momentum that the base is about to use.
-
-        Raises:
-            ValueError: if a name in ``protect`` is that of no task up to the first step.
-        """
+    def _check_protect(self) -> None:
+        """Refuse a name in ``protect`` that is that of no task up to the first step."""
         known = self._progress.tasks
         unknown = [name for name in self.protect or () if name not in known]
         if known and unknown:
             raise ValueError(
                 f"protect must name tasks, got {unknown}: backward() has seen {[*known]}"
             )
+
+    def _project_momentum(self) -> None:
+        """Project the momentum that the base is about to use."""
         gradients = self._progress.gradients
         if gradients and self.project_step:
             project_momentum(gradients, self.base_optimizer, self._protected(gradients))

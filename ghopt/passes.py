@@ -89,7 +89,7 @@ def put_back(
     grads: Iterable[Tensor | None],
     added: Mapping[Tensor, Tensor],
 ) -> None:
-    """Leave in ``.grad`` what was there before, and what is added to it."""
+    """Put the earlier ``.grad`` back, and add the new gradients to it."""
     for parameter, grad in zip(parameters, grads, strict=True):
         parameter.grad = accumulate(grad, added.get(parameter))
 
@@ -159,8 +159,8 @@ def run_passes(
         losses: K scalars by name.
         gradients: empty or from earlier micro-batches; added to. After an exception they
             are in an undefined state.
-        roles: the ``.grad`` of the harmonized parameters is None. No gradient of them or
-            of the summed ones will share memory with another.
+        roles: before, the ``.grad`` of the harmonized parameters is None. After, no two
+            gradients of the harmonized and the summed ones share memory.
         run: runs a pass, see :func:`runner`.
         retain_graph: keep the graph after the last pass.
         ranks: average the gradients of each task, while the passes of the next ones run,

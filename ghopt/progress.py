@@ -31,8 +31,8 @@ class Progress:
         is_measured: whether they serve the step to come, or in progress.
         is_stepping: whether a step of the base optimizer is in progress.
         values: losses of the micro-batches in an evaluation by a closure, by task.
-        value: weighted sum of the losses of that evaluation, as far as harmonized.
-        is_known: whether ``backward`` was ever called, or its absence told.
+        value: weighted sum of the losses of that evaluation that are harmonized so far.
+        is_known: whether ``backward`` was ever called, or the lack of it warned of.
         clears_to: whether ``zero_grad`` of the base takes ``set_to_none``, once known.
         replicas: the DDP models of this process.
         evaluations: by a closure, in this step.

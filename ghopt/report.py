@@ -168,7 +168,7 @@ def _about_steps(recording: Recording) -> Iterator[str]:
     if len(seen):
         against = _mean(seen.step_opposed.any(1))
         yield (
-            f"The step that the optimizer made of it worked against a task in "
+            f"What the optimizer made of it, the step taken, worked against a task in "
             f"{_percent(against)} of {len(seen)} steps."
         )
 

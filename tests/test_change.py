@@ -321,6 +321,40 @@ def test_gradients_of_several_calls_add_up_by_task() -> None:
         assert_close(seen[-1].slopes, jacobian @ change, rtol=1e-9, atol=1e-12)
 
 
+def test_gradients_that_were_cleared_do_not_touch_the_momentum() -> None:
+    model, optimizer = adam_on_trunk(weighting=plain_sum)
+    for step in range(6):
+        usual(model, optimizer, step)
+    optimizer.backward(model(*models.batch(3, 9)))
+    before = [value.clone() for value in states(optimizer)]
+    model.zero_grad()
+    optimizer.step()
+    for old, new in zip(before, states(optimizer), strict=True):
+        assert old.equal(new)
+
+
+def test_of_several_evaluations_the_first_counts_even_if_each_measures() -> None:
+    model = models.make(models.heads_on_a_trunk, 3)
+    parameters = [*model.parameters()]
+    base = optim.LBFGS(parameters, lr=0.1, max_iter=4)
+    optimizer = HarmonizedOptimizer(base, project_step=True)
+    seen: list[Change] = []
+    optimizer.register_change_hook(seen.append)
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        first, second, third = model(*models.batch(3, 0))
+        optimizer.backward({"a": first, "b": second}, retain_graph=True)
+        optimizer.backward({"c": third})  # other tasks: each call measures anew
+        value: float = first.item()
+        return value
+
+    jacobian = literal_gradients(model(*models.batch(3, 0)), parameters)
+    optimizer.step(closure)
+    expected = jacobian @ jacobian.T
+    assert_close(seen[0].gramian[:3, :3], expected, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("clear", ["zero_grad", "zero_grad of the model", "step"])
 def test_gradients_of_an_earlier_step_play_no_part(clear: str) -> None:
     model, optimizer = adam_on_trunk()

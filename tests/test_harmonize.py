@@ -148,6 +148,25 @@ def test_it_works_inside_no_grad_and_autocast() -> None:
     assert_close([p.grad for p in model.parameters()], expected, rtol=0, atol=0)
 
 
+def test_an_optimizer_may_freeze_a_parameter_between_passes_of_the_same_losses() -> (
+    None
+):
+    model, losses = conflict()
+    optimizer = HarmonizedOptimizer(SGD(model.parameters(), lr=0.1))
+    optimizer.backward(losses, retain_graph=True)
+    next(model.parameters()).requires_grad_(False)
+    optimizer.backward(losses)  # no other optimizer's
+
+
+def test_losses_whose_passes_another_call_ran_are_refused() -> None:
+    model, losses = conflict()
+    trunk, heads = [*model.trunk.parameters()], [*model.heads.parameters()]
+    backward(losses, trunk, retain_graph=True)
+    backward(losses, trunk, retain_graph=True)  # the same parameters once more
+    with pytest.raises(ValueError, match="went through the backward passes of another"):
+        backward(losses, heads, retain_graph=True)
+
+
 def test_its_rule_is_gh_unless_another_is_given() -> None:
     model, losses = conflict()
     parameters = list(model.parameters())

@@ -10,7 +10,7 @@ def rescaled(gramian: Tensor) -> tuple[Tensor, Tensor]:
     The scales are powers of two, so no entry is rounded, and no product of entries
     overflows. A zero gradient becomes one orthogonal to all others, which no rule
     touches. A Gramian with a non-finite entry becomes the identity: eigh would refuse
-    it. The caller calls :func:`ghopt.geometry._poisoned`.
+    it. The rules make their results NaN then.
     """
     gramian = gramian.double()
     exponent = torch.frexp(gramian.diagonal()).exponent

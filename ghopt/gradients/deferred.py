@@ -185,6 +185,10 @@ class DeferredGradients:
         self._tasks = tasks
 
     @torch.no_grad()
+    def __bool__(self) -> bool:
+        """Say whether a task reaches a parameter: there is none without a layer."""
+        return bool(self._layers)
+
     def gramian(self, over: Iterable[Tensor] | None = None) -> Tensor:
         """See :meth:`ghopt.gradients.TaskGradients.gramian`."""
         wanted = None if over is None else set(over)

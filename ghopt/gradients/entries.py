@@ -1,4 +1,4 @@
-"""The gradients of parameters, sorted by what multiplies and adds them.
+"""The gradients of parameters, split into what the kernels of a GPU take and the rest.
 
 The gradients of one parameter are :data:`Entries`: a dictionary from the number of the
 task, missing where it does not reach the parameter. An entry may have any floating-point
@@ -31,7 +31,7 @@ BLOCK = 2**14
 
 
 class Prepared(NamedTuple):
-    """Gradients sorted by what multiplies and adds them.
+    """Gradients, split into what the kernels take and the rest.
 
     Attributes:
         groups: over which the shards are spread, one per mesh axis; none for tensors
@@ -48,7 +48,7 @@ class Prepared(NamedTuple):
 def prepare(
     groups: "tuple[ProcessGroup, ...]", parameters: list[Entries], tasks: int
 ) -> Prepared:
-    """Sort the gradients of some parameters.
+    """Split the gradients of some parameters.
 
     Args:
         groups: over which their shards are spread.
@@ -114,5 +114,5 @@ def _fusible(
 
 
 def _on_gpu(tensor: Tensor) -> bool:
-    # The table of a captured kernel would be read again at each replay.
+    # Not in a CUDA graph: a replay would read the table where it no longer is.
     return tensor.is_cuda and not torch.cuda.is_current_stream_capturing()

@@ -141,7 +141,7 @@ def _check(parameters: Sequence[Mapping[int, Tensor]], tasks: int) -> None:
 
 
 def gramian(table: Table) -> Tensor:
-    """Inner products of the gradients of K tasks, in one order whenever repeated.
+    """Inner products of the gradients of K tasks, in a fixed order, so that repeated calls agree bit for bit.
 
     Products and sums are float64: the products of float32 and shorter are exact. A
     missing gradient counts as zeros, also beside infinity (the product is NaN).

@@ -1,7 +1,8 @@
-"""The gradients of K tasks as one object, which knows two things to do with them.
+"""The gradients of K tasks as one object.
 
 Whatever ran the passes leaves a :class:`TaskGradients`: gradients that were stored, layers
-that were deferred, or both joined. Nothing above asks which.
+that were deferred, or both joined; what harmonizes them does not ask which. What looks at
+the step needs them stored.
 """
 
 from collections import defaultdict
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
 class TaskGradients(Protocol):
     """Gradients of K tasks, by task and parameter."""
+
+    def __bool__(self) -> bool:
+        """Say whether a task reaches a parameter."""
 
     def gramian(self, over: Iterable[Tensor] | None = None) -> Tensor:
         """Take the inner products of the gradients.
@@ -163,7 +167,7 @@ class StoredGradients:
                 shift(targets[parameter], entries, weights, active)
 
     def _parts(self, over: Container[Tensor] | None = None) -> "_Parts":
-        """Sort the gradients by parameter, and by what multiplies and adds them."""
+        """Sort the gradients by parameter, and split them for the arithmetic."""
         tasks = [self._by_task[name] for name in self.names]
         given: dict[Tensor, Entries] = {}
         for parameter in self._parameters:
@@ -207,7 +211,7 @@ class StoredGradients:
 
 
 def _sorted(given: dict[Tensor, Entries], tasks: int) -> "_Parts":
-    """Sort gradients by what multiplies and adds them."""
+    """Split gradients for the arithmetic."""
     mine = {parameter: local_entries(entries) for parameter, entries in given.items()}
     spread: dict[tuple[ProcessGroup, ...], list[Entries]] = defaultdict(list)
     for parameter, entries in mine.items():
@@ -240,6 +244,10 @@ class JoinedGradients:
 
     def __init__(self, parts: Sequence[TaskGradients]) -> None:
         self._parts = parts
+
+    def __bool__(self) -> bool:
+        """Say whether a task reaches a parameter."""
+        return any(self._parts)
 
     def gramian(self, over: Iterable[Tensor] | None = None) -> Tensor:
         """See :meth:`TaskGradients.gramian`."""
