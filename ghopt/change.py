@@ -17,11 +17,20 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ghopt.forms import is_dtensor
 from ghopt.geometry import cosines, dual_cone
 from ghopt.gradients import StoredGradients
 
 MOMENTA = ("exp_avg", "momentum_buffer")
-"""Where a base optimizer keeps an average of its gradients, in ``state[parameter]``."""
+"""Where a base optimizer keeps an average of its gradients, in ``state[parameter]``.
+
+``exp_avg``: Adam, AdamW, NAdam, RAdam, Adamax, SparseAdam, Lion and their kin.
+``momentum_buffer``: SGD, RMSprop and Muon. Bases that have neither (Adagrad, Adafactor, L-BFGS,
+schedule-free ones) have their steps projected alone.
+"""
+
+OTHERWISE = ("AccSGD", "AliG")
+"""Classes that keep something else under these names: parameters, or minus the average."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +41,13 @@ class Change:
         names: of the tasks whose gradients were measured since the step before.
         gramian: inner products of their gradients and, in the last row, of the change,
             over the parameters that a task reaches, shape ``[K + 1, K + 1]``, float64.
+        rounding: length of what the rounding of these parameters may have in the change,
+            a scalar, float64.
     """
 
     names: tuple[str, ...]
     gramian: Tensor
+    rounding: Tensor
 
     @property
     def slopes(self) -> Tensor:
@@ -46,6 +58,12 @@ class Change:
     def cosines(self) -> Tensor:
         """Cosines of the change and each gradient, ``[K]``: above 0 a task is opposed."""
         return cosines(self.gramian)[-1, :-1]
+
+    @property
+    def limit(self) -> Tensor:
+        """Cosine above which more than rounding opposes a task, a scalar."""
+        length = self.gramian[-1, -1].sqrt()
+        return 1e-6 + self.rounding / length.clamp(min=torch.finfo(length.dtype).tiny)
 
 
 ChangeHook: TypeAlias = Callable[[Change], None]
@@ -68,7 +86,7 @@ def look(gradients: StoredGradients, before: dict[Tensor, Tensor]) -> Change:
     # The descent is the change with its sign turned.
     sign = torch.ones_like(gramian[0])
     sign[-1] = -1
-    return Change(gradients.names, gramian * sign * sign[:, None])
+    return Change(gradients.names, gramian * sign * sign[:, None], _rounding(gradients))
 
 
 def project_momentum(
@@ -138,9 +156,28 @@ def _descent(
     return {p: before[p].sub_(p.detach()) for p in gradients if p in before}
 
 
+def _rounding(gradients: StoredGradients) -> Tensor:
+    """Bound the length of the rounding of the parameters: half a unit in the last place."""
+    squares = [
+        _whole(p.detach().abs().to(torch.float64).square().sum())
+        * (torch.finfo(p.dtype).eps / 2) ** 2
+        for p in gradients
+    ]
+    return (
+        torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()
+    )
+
+
+def _whole(number: Tensor) -> Tensor:
+    """Sum a number over the shards that it is of."""
+    return number.full_tensor() if is_dtensor(number) else number
+
+
 def _momentum(gradients: StoredGradients, base: Optimizer) -> dict[Tensor, Tensor]:
     """Find what the base keeps as an average of gradients."""
-    found = {}
+    found: dict[Tensor, Tensor] = {}
+    if any(kind.__name__ in OTHERWISE for kind in type(base).__mro__):
+        return found
     for parameter in gradients:
         state = base.state.get(parameter, {})
         for name in MOMENTA:

@@ -54,7 +54,7 @@ def protected_names(protect: Iterable[str | int]) -> tuple[str, ...]:
         TypeError: if ``protect`` is a bare string, no iterable, or holds something else.
         ValueError: if it is empty.
     """
-    if isinstance(protect, str) or not isinstance(protect, Iterable):
+    if isinstance(protect, str | bytes) or not isinstance(protect, Iterable):
         raise TypeError(
             f"protect must be an iterable of names, got {protect!r}: pass ({protect!r},)"
         )

@@ -8,7 +8,7 @@ stay. No list of parameters outlives a call: Accelerate swaps parameters inside 
 import sys
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -28,8 +28,8 @@ from ghopt.measuring import Harmonization, HarmonizeHook, check_weighting
 from ghopt.passes import BackwardFn, Roles
 from ghopt.places import placed, places
 from ghopt.progress import Progress
-from ghopt.ranks import SyncGroup, mean_over_ranks
-from ghopt.stepping import asks_scaler, has_unscaled, passing_by, takes
+from ghopt.ranks import SyncGroup, mean_over_ranks, world_size
+from ghopt.stepping import asks_scaler, has_unscaled, is_zero, passing_by, takes
 from ghopt.wrapper import Wrapper
 
 
@@ -74,23 +74,34 @@ class HarmonizedOptimizer(Wrapper):
         project_step: change what the base optimizer does as little as it takes so that no
             task is set back, to first order. ``gh`` promises this of the *gradient*;
             momentum and Adam's scales make a step of it that opposes tasks all the same.
-            With any base and any weighting. Before the step, the momentum is projected
-            (``exp_avg`` or ``momentum_buffer`` in ``state``; what else a base keeps is
-            left alone); after it, the change of the parameters, decoupled weight decay
-            included. The result opposes no task by more than 1e-6 of the lengths, beside
-            the rounding of the parameters to their dtype. Only parameters that are shared
-            and that a task reaches are projected; the others move as the base moves them.
-            Nothing changes, to the bit, where neither momentum nor step opposes a task.
-            Gradients of several ``backward`` calls add up by task; with a closure they
-            are those of its first evaluation. ``zero_grad`` of this optimizer drops them;
-            after another ``zero_grad``, only where it sets ``.grad`` to None. Costs K + 1
-            copies of the gradients, kept until the step, and two Gramians more. Layers
-            are not deferred then.
+            With any base and any weighting. Before the step the momentum is projected
+            (``exp_avg`` or ``momentum_buffer`` in ``state``, taken for an average of
+            gradients; see ``ghopt.change``); after it, the change of the parameters,
+            decoupled weight decay included. What is left opposes no task by more than
+            1e-6 of the lengths (3.6e-5 where gradients are nearly dependent, see
+            ``gh_coefficients``), beside the rounding of the parameters to their dtype.
+
+            Projected are the shared parameters that a task reaches, all alike, whatever
+            their rates; those that are frozen, or in a group with the rate 0, and all
+            others move as the base moves them. Nothing changes, to the bit, where neither
+            momentum nor step opposes a task, or where a gradient is not finite.
+
+            The gradients are those that ``backward`` found, as they were before clipping
+            and whatever else is done to ``.grad``. Those of several calls add up by task.
+            With a closure they are those of its first evaluation. They serve one step: a
+            second one on the same ``.grad`` is the base's own. ``zero_grad`` of this
+            optimizer drops them; another ``zero_grad`` only if it sets ``.grad`` to None.
+            (Else an overflow, for which a scaler skips a step, leaves the next step as
+            the base makes it.)
+
+            Costs K + 1 copies of the gradients, kept until the step, and two Gramians'
+            last rows. Layers are not deferred. Replicas must have processors alike: each
+            projects by itself.
         protect: names of tasks, or numbers in a list of losses, that the others must not
             harm: "one main task and auxiliary losses". With ``gh`` the gradients are
             projected on the cone of these tasks alone (``ghopt.gh_coefficients``); with
             ``project_step`` so are momentum and step. A task that has no part in a call
-            protects nothing there.
+            protects nothing there, but each must have had one by the first step.
 
     Attributes:
         base_optimizer: as given.
@@ -112,6 +123,8 @@ class HarmonizedOptimizer(Wrapper):
             is empty, or has neither ``gh`` nor ``project_step`` to do it.
     """
 
+    project_step: bool = False  # of a pickle that is older than it
+    protect: tuple[str, ...] | None = None  # likewise
     _arguments = (
         "base_optimizer",
         "weighting",
@@ -243,6 +256,12 @@ class HarmonizedOptimizer(Wrapper):
             accumulate_only=accumulate_only,
             sync_group=sync_group,
         )
+        if self.project_step and sync_group is False and world_size() > 1:
+            raise ValueError(
+                "sync_group must average the gradients with project_step, got False: "
+                "each rank would project on gradients of its own, and the parameters "
+                "would drift apart. Pass the DDP model"
+            )
         roles = self._roles()
         outcome = run(
             losses,
@@ -291,8 +310,9 @@ class HarmonizedOptimizer(Wrapper):
             TypeError: if ``closure`` is not callable, or the base optimizer does not take
                 an option.
             ValueError: if ``protect`` names what was no task of any call up to the first
-                step, or a group is maximised with ``project_step``. If both ``closure``
-                and ``losses`` are given, or a closure to L-BFGS with ``shared_params``: no function has the weighted sum as its
+                step, or a group is maximised with ``project_step`` or a hook that looks at
+                the step. If both ``closure`` and ``losses`` are given, or a closure to
+                L-BFGS with ``shared_params``: no function has the weighted sum as its
                 gradient in some parameters, and the plain sum in the others.
             RuntimeError: if a closure harmonizes twice with ``shared_params``, for the
                 same reason; the base has begun to step then. If micro-batches were only
@@ -377,6 +397,7 @@ class HarmonizedOptimizer(Wrapper):
             state_dict = state_dict if changed is None else changed
         self.base_optimizer.load_state_dict(state_dict)
         self._progress.forget()
+        self._progress.gradients = None
         self._progress.steps = 0
         self._progress.is_measured = False
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -396,7 +417,7 @@ class HarmonizedOptimizer(Wrapper):
 
     def __getstate__(self) -> dict[str, Any]:
         """Give what a copy needs: as in torch, hooks stay behind."""
-        return {name: self.__dict__[name] for name in (*self._arguments, "_shared")}
+        return {name: getattr(self, name) for name in (*self._arguments, "_shared")}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         """Take what :meth:`__getstate__` gave."""
@@ -444,12 +465,12 @@ class HarmonizedOptimizer(Wrapper):
             self.zero_grad()
             self.backward(named)
         progress.drop_cleared()
+        before = self._parameters_before(closure)
         if closure is None:
             self._warn_of_plain_gradients()
             self._check_protect()
-            self._project_momentum()
-        before = self._parameters_before(closure)
-        args = () if closure is None else (lambda: self._evaluate(closure),)
+            self._project_momentum(before)
+        args = () if closure is None else (lambda: self._evaluate(closure, before),)
         progress.is_stepping = True
         try:
             with passing_by(base):
@@ -462,18 +483,18 @@ class HarmonizedOptimizer(Wrapper):
             # before: the closure may be the last micro-batch, as in Lightning.
             progress.end_step()
 
-    def _evaluate(self, closure: Closure) -> Any:
+    def _evaluate(self, closure: Closure, before: Collection[Tensor]) -> Any:
         """Call a closure, harmonize the losses if it returns them, and weigh them."""
         progress = self._progress
         progress.value = None
         progress.values.clear()
         progress.evaluations += 1
-        before = versions(self._grads())
+        old = versions(self._grads())
         with torch.enable_grad():  # as bases do, but for those that leave it to us
             result = closure()
             is_done = progress.value is not None or bool(progress.values)
             # One element, and a backward pass has been: a loss, not a list of one.
-            is_loss = is_single(result) and has_new(self._grads(), before)
+            is_loss = is_single(result) and has_new(self._grads(), old)
             if are_losses(result) and not (is_done or is_loss):
                 losses = named_losses(result)
                 self.zero_grad()
@@ -481,7 +502,7 @@ class HarmonizedOptimizer(Wrapper):
             self._finish()
         if progress.evaluations == 1:  # the base uses its momentum after this
             self._check_protect()
-            self._project_momentum()
+            self._project_momentum(before)
         if progress.value is None:
             self._warn_of_plain_gradients()
             return result
@@ -526,15 +547,24 @@ class HarmonizedOptimizer(Wrapper):
                 "maximize must be False with project_step, and with hooks that look at "
                 "the step: a step up opposes every task. Minimise the negative losses"
             )
-        kept = self._progress.gradients
-        # The gradients of a closure are not there yet.
-        wanted = kept or (self._roles().harmonized if closure else ())
-        return copied(wanted)
+        moving = {
+            parameter
+            for group in self.param_groups
+            for parameter in group["params"]
+            if parameter.requires_grad and not is_zero(group.get("lr", 1))
+        }
+        if closure is not None:  # its gradients are not there yet
+            return copied(p for p in self._roles().harmonized if p in moving)
+        kept = self._progress.gradients or ()
+        return copied(p for p in kept if p in moving and p.grad is not None)
 
     def _look_at_step(
-        self, gradients: StoredGradients, before: dict[Tensor, Tensor]
+        self, kept: StoredGradients, before: dict[Tensor, Tensor]
     ) -> None:
         """Project what the base did, and show it to the hooks."""
+        gradients = kept.over(before)
+        if not gradients:
+            return
         hooks = [*self._change_hooks.values()]
         if self.project_step:
             # Hooks see what the parameters did, rounding included.
@@ -555,11 +585,13 @@ class HarmonizedOptimizer(Wrapper):
                 f"protect must name tasks, got {unknown}: backward() has seen {[*known]}"
             )
 
-    def _project_momentum(self) -> None:
+    def _project_momentum(self, before: Collection[Tensor]) -> None:
         """Project the momentum that the base is about to use."""
-        gradients = self._progress.gradients
-        if gradients and self.project_step:
-            project_momentum(gradients, self.base_optimizer, self._protected(gradients))
+        kept = self._progress.gradients
+        gradients = kept.over(before) if kept and self.project_step else None
+        if gradients:
+            protected = self._protected(gradients)
+            project_momentum(gradients, self.base_optimizer, protected)
 
     def _protected(self, gradients: StoredGradients) -> list[int] | None:
         """Number the tasks that are protected; None: all."""
@@ -586,10 +618,7 @@ class HarmonizedOptimizer(Wrapper):
 
     def _moves(self) -> bool:
         """Say whether a learning rate is not zero."""
-        rates = [group.get("lr", 1) for group in self.param_groups]
-        return any(
-            (isinstance(rate, Tensor) and rate.is_meta) or bool(rate) for rate in rates
-        )
+        return not all(is_zero(group.get("lr", 1)) for group in self.param_groups)
 
     def _roles(self) -> Roles:
         """Tell the shared parameters from the others, as far as they are trained."""

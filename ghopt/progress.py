@@ -38,7 +38,8 @@ class Progress:
         evaluations: by a closure, in this step.
         gradients: of the tasks since the last step, where the step is looked at; of the
             first evaluation by a closure.
-        tasks: names of all tasks ever measured.
+        is_evaluated: whether they are those of a closure in this step.
+        tasks: names of all tasks ever measured, as keys.
     """
 
     accumulation: Accumulation = field(default_factory=Accumulation)
@@ -53,7 +54,8 @@ class Progress:
     replicas: Replicas = field(default_factory=Replicas)
     evaluations: int = 0
     gradients: StoredGradients | None = None
-    tasks: set[str] = field(default_factory=set)
+    is_evaluated: bool = False
+    tasks: dict[str, None] = field(default_factory=dict)
 
     def forget(self) -> None:
         """Drop a started accumulation."""
@@ -81,12 +83,14 @@ class Progress:
             outcome: of it.
             mean: takes the mean of a number over the ranks.
         """
-        if outcome.gradients is not None and self.evaluations <= 1:
-            mine = self.gradients
-            new = outcome.gradients
-            self.gradients = new if mine is None else mine.add(new)
+        new, mine = outcome.gradients, self.gradients
+        if new is not None and self.evaluations <= 1:
+            # The first evaluation by a closure measures anew: what was before is over.
+            is_over = self.is_stepping and not self.is_evaluated
+            self.gradients = new if mine is None or is_over else mine.add(new)
+            self.is_evaluated = self.is_stepping
         if outcome.found is not None:
-            self.tasks.update(outcome.found.names)
+            self.tasks |= dict.fromkeys(outcome.found.names)
             self.last, self.steps, self.is_measured = outcome.found, 0, True
         elif outcome.reused is not None and not self.accumulation:
             self.is_measured |= outcome.reused is self.last
@@ -117,4 +121,4 @@ class Progress:
         self.steps += self.is_measured
         self.is_measured = self.is_stepping = False
         self.value = self.gradients = None
-        self.evaluations = 0
+        self.evaluations, self.is_evaluated = 0, False

@@ -177,11 +177,15 @@ class Recorder:
         for place in reversed(range(len(self._steps))):
             step = self._steps[place]
             if step.number == number:
-                both = torch.stack([change.slopes, change.cosines])
-                if change.names != step.names:  # of more calls than this one
-                    places = [change.names.index(name) for name in step.names]
-                    both = torch.stack([both[:, one] for one in places], 1)
-                self._steps[place] = step._replace(change=both)
+                slopes = change.slopes
+                limits = change.limit.expand_as(slopes)
+                rows = torch.stack([slopes, change.cosines, limits])
+                if change.names != step.names:  # of other calls than this one
+                    found = dict(zip(change.names, rows.unbind(1), strict=True))
+                    none = torch.full_like(rows[:, 0], math.nan)
+                    columns = [found.get(name, none) for name in step.names]
+                    rows = torch.stack(columns, 1)
+                self._steps[place] = step._replace(change=rows)
                 return
 
     def flush(self) -> Recording:

@@ -51,6 +51,8 @@ class Recording:
             inner products of the change of the parameters and the task gradients. NaN
             where the step was not recorded.
         step_cosines: cosines of these, ``[n, K]``.
+        step_limits: cosines above which more than the rounding of the parameters opposed a
+            task, ``[n, K]``.
     """
 
     names: tuple[str, ...]
@@ -62,6 +64,7 @@ class Recording:
     present: Tensor
     step_slopes: Tensor
     step_cosines: Tensor
+    step_limits: Tensor
 
     def __len__(self) -> int:
         """Number of steps."""
@@ -110,10 +113,9 @@ class Recording:
     def step_opposed(self) -> Tensor:
         """Whether the step taken raised a loss, to first order, ``[n, K]``, bool.
 
-        A cosine above 1e-6 counts. Where the step is so small that the parameters round
-        it, as at the end of a schedule, that rounding may decide.
+        Counted is what the rounding of the parameters to their dtype cannot have done.
         """
-        return self.step_cosines > 1e-6
+        return self.step_cosines > self.step_limits
 
     @property
     def has_steps(self) -> Tensor:
@@ -163,6 +165,7 @@ class Recording:
             present=self.present[chosen],
             step_slopes=self.step_slopes[chosen],
             step_cosines=self.step_cosines[chosen],
+            step_limits=self.step_limits[chosen],
         )
 
     def update_cosines(self, weights: Tensor) -> Tensor:
@@ -297,8 +300,8 @@ class Recording:
         if not self.has_steps[row]:
             return {}
         mine = self.present[row]
-        both = (self.step_slopes[row][mine], self.step_cosines[row][mine])
-        return {"change": [_finite(values.tolist()) for values in both]}
+        rows = (self.step_slopes, self.step_cosines, self.step_limits)
+        return {"change": [_finite(values[row][mine].tolist()) for values in rows]}
 
     def _times(self, weights: Tensor) -> Tensor:
         """Multiply the Gramians by ``[n, K]``; a task without part adds nothing."""
@@ -322,7 +325,7 @@ class Step(NamedTuple):
         weights: ``[K]``.
         rate: learning rate.
         layers: the Gramian over each layer.
-        change: slopes and cosines of the step taken, ``[2, K]``, if it was recorded.
+        change: slopes, cosines and limits of the step taken, ``[3, K]``, if recorded.
     """
 
     number: int
@@ -374,6 +377,9 @@ def assemble(steps: Sequence[Step]) -> Recording:
         step_cosines=torch.cat(
             [_spread(part.step_cosines, part.names, names) for part in parts]
         ),
+        step_limits=torch.cat(
+            [_spread(part.step_limits, part.names, names) for part in parts]
+        ),
     )
 
 
@@ -388,9 +394,9 @@ def _stack(steps: list[Step]) -> Recording:
         return torch.stack(found).to("cpu", torch.float64)
 
     names, layers = (steps[0].names, steps[0].layers) if steps else ((), {})
-    unknown = torch.full((2, len(names)), math.nan, dtype=torch.float64, device="cpu")
+    unknown = torch.full((3, len(names)), math.nan, dtype=torch.float64, device="cpu")
     changes = stacked(
-        (unknown if step.change is None else step.change for step in steps), 2, 0
+        (unknown if step.change is None else step.change for step in steps), 3, 0
     )
     return Recording(
         names=names,
@@ -409,6 +415,7 @@ def _stack(steps: list[Step]) -> Recording:
         present=torch.ones(len(steps), len(names), dtype=torch.bool, device="cpu"),
         step_slopes=changes[:, 0],
         step_cosines=changes[:, 1],
+        step_limits=changes[:, 2],
     )
 
 
@@ -439,7 +446,7 @@ def _read(line: dict[str, Any]) -> Step:
         _tensor(line["weights"], tasks),
         _tensor(line["lr"]),
         {name: _tensor(rows, tasks, tasks) for name, rows in line["layers"].items()},
-        _tensor(line["change"], 2, tasks) if "change" in line else None,
+        _tensor(line["change"], 3, tasks) if "change" in line else None,
     )
 
 

@@ -8,6 +8,7 @@ from importlib import import_module
 from types import FrameType
 from typing import Any
 
+from torch import Tensor
 from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim import Optimizer
 
@@ -49,6 +50,13 @@ def passing_by(base: Optimizer) -> Iterator[None]:
         yield
     finally:
         bases.remove(base)
+
+
+def is_zero(rate: Any) -> bool:
+    """Say whether a learning rate is zero; one on a device is not read."""
+    if isinstance(rate, Tensor) and rate.device.type != "cpu":
+        return False
+    return not rate
 
 
 def takes(function: Callable[..., Any], keyword: str) -> bool:

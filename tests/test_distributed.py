@@ -135,6 +135,24 @@ def test_a_projected_step_of_replicas_equals_that_of_one_process(micros: int) ->
     assert_close(first, second, rtol=0, atol=0)
 
 
+def step_on_own_gradients() -> str:
+    ddp, optimizer, model = ddp_step()
+    optimizer.project_step = True
+    with ddp.no_sync():
+        losses = ddp(*share(*models.batch(2)))
+        with pytest.raises(
+            ValueError, match=r"sync_group must average .* got False"
+        ) as e:
+            optimizer.backward(losses, sync_group=False)
+    assert not any(p.grad is not None for p in model.parameters())
+    return str(e.value)
+
+
+def test_a_step_projected_on_gradients_of_each_rank_alone_is_refused() -> None:
+    first, _ = run_on_ranks(2, step_on_own_gradients)
+    assert "the parameters would drift apart" in first
+
+
 def ddp_step(
     **options: Any,
 ) -> tuple[DistributedDataParallel, HarmonizedOptimizer, Tasks]:

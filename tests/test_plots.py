@@ -163,7 +163,10 @@ def test_the_plain_sum_opposes_tasks_that_the_weights_do_not() -> None:
 
 def with_steps(recording: Recording, cosines: Tensor) -> Recording:
     """Add what the steps did: their cosines with the gradients, ``[n, K]``."""
-    return replace(recording, step_cosines=cosines, step_slopes=2 * cosines)
+    limits = torch.full_like(cosines, 1e-6)
+    return replace(
+        recording, step_cosines=cosines, step_slopes=cosines, step_limits=limits
+    )
 
 
 def test_the_step_is_drawn_beside_the_gradient_with_its_sign_turned() -> None:

@@ -21,7 +21,15 @@ from torch.optim.lr_scheduler import ExponentialLR
 from torch.testing import assert_close
 
 from benchmarks.common.watch import watch
-from ghopt import HarmonizedOptimizer, Recorder, Recording, gh, ghpp, measure
+from ghopt import (
+    HarmonizedOptimizer,
+    Recorder,
+    Recording,
+    gh,
+    ghpp,
+    measure,
+    plain_sum,
+)
 from ghopt.geometry import cosines
 from ghopt.measuring import GramianOf, Harmonization
 from ghopt.recorder import by_layer
@@ -641,6 +649,44 @@ def test_a_step_belongs_to_the_last_backward_before_it() -> None:
     assert found[1].isnan()
 
 
+def test_a_task_whose_gradients_were_dropped_has_no_step() -> None:
+    model = models.make(models.heads_on_a_trunk, 2)
+    optimizer = adam(model)
+    recorder = Recorder()
+    recorder.attach(optimizer, step=True)
+    losses = losses_of(model)
+    optimizer.backward({"up": losses["up"]}, retain_graph=True)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("no")
+
+    handle = optimizer.register_harmonize_hook(fail)
+    with pytest.raises(RuntimeError, match="no"):
+        optimizer.backward({"down": losses["down"]})
+    handle.remove()
+    optimizer.step()
+    recording = recorder.flush()
+    assert recording.names == ("up", "down")
+    assert not recording.has_steps.any()
+
+
+def test_what_rounding_did_is_not_called_opposed() -> None:
+    """A projected step lies on the edge of the cone; float32 rounds it to both sides."""
+    model = models.make(models.heads_on_a_trunk, 2).float()
+    base = AdamW(model.parameters(), lr=1e-5)
+    optimizer = HarmonizedOptimizer(base, plain_sum, project_step=True)
+    free = Recorder()
+    free.attach(optimizer, step=True)
+    for step in range(60):
+        inputs, targets = models.batch(2, step)
+        losses = model(inputs.float(), targets.float())
+        optimizer.step(losses=dict(zip(NAMES, losses, strict=False)))
+    recording = free.flush()
+    assert (recording.step_cosines > 1e-6).any()  # so it would be
+    assert not recording.step_opposed.any()
+    assert (recording.step_limits < 0.1).all()
+
+
 def test_a_flush_before_the_step_leaves_it_out() -> None:
     model = models.make(models.heads_on_a_trunk, 2)
     optimizer = adam(model)
@@ -691,7 +737,8 @@ def some_recording() -> Recording:
 def assert_same(one: Recording, other: Recording) -> None:
     assert one.names == other.names
     assert one.steps.equal(other.steps)
-    fields = ("gramians", "weights", "rates", "layers", "step_slopes", "step_cosines")
+    fields = ["gramians", "weights", "rates", "layers"]
+    fields += ["step_slopes", "step_cosines", "step_limits"]
     for name in fields:
         exact: dict[str, Any] = {"rtol": 0, "atol": 0, "equal_nan": True}
         assert_close(getattr(one, name), getattr(other, name), **exact)

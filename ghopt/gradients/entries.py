@@ -28,6 +28,8 @@ Entries: TypeAlias = dict[int, Tensor]
 # side is the processor's choice: over blocks of 64K elements the whole was off by up to
 # 2e-8 on a Xeon and 2e-7 on an EPYC, over 16K by 4e-8 there, for a third more time.
 BLOCK = 2**14
+# Elsewhere a block only bounds the memory that its float64 copy takes, to 32 MB a task.
+DEVICE_BLOCK = 2**22
 
 
 class Prepared(NamedTuple):

@@ -14,6 +14,7 @@ from torch import Tensor
 from ghopt.geometry import cosines
 from ghopt.gradients.entries import (
     BLOCK,
+    DEVICE_BLOCK,
     Entries,
     Prepared,
     first_of,
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _WIDE_BLOCK = 2**15
-# Elsewhere a block only bounds the memory that its float64 copy takes, to 32 MB a task.
-_DEVICE_BLOCK = 2**22
 # A float32 dot product over one block is off by up to 4e-7, the sum of many blocks, in
 # float64, by far less (one dot product over 1e8 elements by 1e-3). Shorter gradients
 # have too few blocks for that.
@@ -171,7 +170,7 @@ def _multiply_large(flat: Entries, tasks: int, *, last: bool) -> Tensor:
     first = first_of(flat)
     if first.dtype is torch.float64 and first.device.type == "cpu":
         return _multiply_as_they_are(flat, tasks, last=last)
-    size = min(_WIDE_BLOCK if first.device.type == "cpu" else _DEVICE_BLOCK, len(first))
+    size = min(_WIDE_BLOCK if first.device.type == "cpu" else DEVICE_BLOCK, len(first))
     total = first.new_zeros(tasks, tasks, dtype=torch.float64)
     # One piece of memory for all blocks: to allocate each costs more than its products.
     # The rows of missing tasks stay zero.

@@ -13,6 +13,7 @@ from torch import Tensor
 from ghopt.forms import local, writable
 from ghopt.gradients.entries import (
     BLOCK,
+    DEVICE_BLOCK,
     Entries,
     Prepared,
     first_of,
@@ -102,12 +103,15 @@ def shift(target: Tensor, entries: Entries, weights: Tensor, active: Tensor) -> 
     In a wider dtype, rounded once. Where ``active``, a bool scalar, is False no bit
     changes: not even of a zero with a sign, nor beside a gradient that is not finite.
     """
-    on_cpu = weights.device.type == "cpu"
-    if on_cpu and not active:
+    if weights.device.type == "cpu" and not active:
         return
     mine, grads = writable(local(target)), local_entries(entries)
-    if on_cpu and not is_sparse(grads) and mine.is_contiguous():
-        _shift_by_blocks(flattened({-1: mine, **grads}), weights.tolist())
+    if mine.numel() == 0:
+        return
+    flat = {} if is_sparse(grads) else flattened({-1: mine, **grads})
+    # Unless it is dense in memory, what is flat is a copy.
+    if flat and flat[-1].data_ptr() == mine.data_ptr():
+        _shift_by_blocks(flat, weights, active)
         return
     wide = _WIDER.get(mine.dtype, mine.dtype)
     moved = mine.to(wide)
@@ -116,15 +120,23 @@ def shift(target: Tensor, entries: Entries, weights: Tensor, active: Tensor) -> 
     mine.copy_(torch.where(active.to(mine.device), moved, mine.to(wide)))
 
 
-def _shift_by_blocks(flat: Entries, factors: list[float]) -> None:
+def _shift_by_blocks(flat: Entries, weights: Tensor, active: Tensor) -> None:
     """Add the weighted sum of flat gradients to entry -1, block by block."""
-    dtype = flat[-1].dtype
-    scratch = flat[-1].new_empty(BLOCK, dtype=_WIDER.get(dtype, dtype))
-    for block in zip(*(torch.split(t, BLOCK) for t in flat.values()), strict=True):
+    dtype, device = flat[-1].dtype, flat[-1].device
+    on_cpu = weights.device.type == device.type == "cpu"
+    factors = weights.tolist() if on_cpu else [*weights.to(device).unbind()]
+    size = min(BLOCK if on_cpu else DEVICE_BLOCK, len(flat[-1]))
+    scratch = flat[-1].new_empty(size, dtype=_WIDER.get(dtype, dtype))
+    for block in zip(*(torch.split(t, size) for t in flat.values()), strict=True):
         moved = scratch[: len(block[0])].copy_(block[0])
         for task, part in zip([*flat][1:], block[1:], strict=True):
-            if factors[task]:
-                moved.add_(part, alpha=factors[task])
+            factor = factors[task]
+            if isinstance(factor, Tensor):
+                moved.addcmul_(part.to(moved.dtype), factor.to(moved.dtype))
+            elif factor:
+                moved.add_(part, alpha=factor)
+        if not on_cpu:  # where to ask is free, we have not come here unless active
+            moved = torch.where(active.to(device), moved, block[0].to(moved.dtype))
         block[0].copy_(moved)
 
 

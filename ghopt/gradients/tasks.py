@@ -10,6 +10,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from functools import reduce
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from ghopt.forms import is_dtensor, shard_groups
@@ -117,10 +118,7 @@ class StoredGradients:
         parts = self._all or self._parts()
         last = len(self.names)
         given = {
-            # A base may keep its averages in another dtype.
-            p: {**entries, last: vector[p].to(first_of(entries).dtype)}
-            if p in vector
-            else entries
+            p: _alike({**entries, last: vector[p]}) if p in vector else entries
             for p, entries in parts.given.items()
         }
         return multiply(_sorted(given, last + 1).prepared, last + 1, self.gramian())
@@ -198,6 +196,16 @@ class StoredGradients:
         found._gramian = self._gramian
         return found
 
+    def over(self, parameters: Container[Tensor]) -> "StoredGradients":
+        """Give those of some parameters; these themselves if that is all."""
+        if all(p in parameters for p in self):
+            return self
+        by_task = {
+            name: {p: grad for p, grad in of_task.items() if p in parameters}
+            for name, of_task in self._by_task.items()
+        }
+        return StoredGradients(self.names, self._parameters, by_task)
+
     def add(self, other: "StoredGradients") -> "StoredGradients":
         """Add gradients of the same tasks or others, in place; those given are spoilt."""
         names = dict.fromkeys([*self.names, *other.names])
@@ -218,6 +226,13 @@ def _sorted(given: dict[Tensor, Entries], tasks: int) -> "_Parts":
         spread[shard_groups(first_of(given[parameter]))].append(entries)
     prepared = [prepare(groups, part, tasks) for groups, part in spread.items()]
     return _Parts(given, mine, prepared)
+
+
+def _alike(entries: Entries) -> Entries:
+    """Bring entries to the widest of their dtypes: a base may keep averages in another."""
+    dtypes = [entry.dtype for entry in entries.values()]
+    widest = reduce(torch.promote_types, dtypes)
+    return {task: entry.to(widest) for task, entry in entries.items()}
 
 
 def _with_copy(entries: Entries) -> Entries:

@@ -6,6 +6,7 @@ from ghopt.ranks.agreement import (
     has_to_average,
     mean_over_ranks,
     process_group,
+    world_size,
 )
 from ghopt.ranks.averages import ALONE, Alone, Ranks, together
 from ghopt.ranks.replicas import Replicas, SyncGroup, also_trained, models_of
@@ -24,4 +25,5 @@ __all__ = [
     "models_of",
     "process_group",
     "together",
+    "world_size",
 ]

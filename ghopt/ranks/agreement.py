@@ -57,6 +57,12 @@ def process_group(sync_group: SyncGroup) -> "ProcessGroup":
     return group
 
 
+def world_size() -> int:
+    """Count the ranks of the default process group; 1 without one."""
+    is_there = dist.is_available() and dist.is_initialized()
+    return dist.get_world_size() if is_there else 1
+
+
 def has_to_average(sync_group: SyncGroup, parameters: Iterable[Tensor]) -> bool:
     """Say whether there is anything to average: DTensors are averaged already."""
     several = process_group(sync_group).size() > 1
