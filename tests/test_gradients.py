@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
+from ghopt.gradients.sums import _add_alike
 from tests.rows import combine, gramian
 
 Gradients = list[list[Tensor | None]]
@@ -256,3 +257,16 @@ def test_no_value_is_read_back_to_the_host(dtype: torch.dtype) -> None:
     assert products.dtype is torch.float64
     sums = combine(gradients, products[0])
     assert [s is not None and s.dtype for s in sums] == [dtype, dtype]
+
+
+def test_weights_on_a_device_leave_all_but_the_first_gradients_as_they_are() -> None:
+    """Where they are not read: tensors in place of numbers, as on a GPU without triton."""
+    first = [torch.tensor([1.0, 2.0]), torch.tensor([[3.0]])]
+    second = [torch.tensor([-1.0, 0.5]), torch.tensor([[4.0]])]
+    kind = [{0: a.clone(), 2: b} for a, b in zip(first, second, strict=True)]
+    kept = [tensor.clone() for tensor in second]
+    factors = [torch.tensor(value, dtype=torch.float64) for value in (2.0, 9.0, -3.0)]
+    _add_alike(kind, factors)
+    for entries, a, b in zip(kind, first, kept, strict=True):
+        assert_close(entries[0], 2 * a - 3 * b)
+        assert entries[2].equal(b)

@@ -179,9 +179,11 @@ def _add_alike(kind: list[Entries], factors: list[float] | list[Tensor]) -> None
     for task, column in columns.items():
         factor = factors[task]
         if isinstance(factor, Tensor):
-            torch._foreach_mul_(column, factor.to(column[0].device))
-            if column is not first:
-                torch._foreach_add_(first, column)
+            on_device = factor.to(column[0].device)
+            if column is first:
+                torch._foreach_mul_(first, on_device)
+            else:  # which leaves the column as it is, for a step that is looked at
+                torch._foreach_addcmul_(first, column, [on_device] * len(column))
         elif column is not first:
             torch._foreach_add_(first, column, alpha=factor)
         elif factor != 1:  # saves a pass wherever nothing conflicts
