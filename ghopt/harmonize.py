@@ -5,7 +5,7 @@
 """
 
 import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
@@ -20,7 +20,8 @@ from ghopt.gradients.deferred import defer
 from ghopt.losses import (
     Losses,
     as_in_total,
-    named_losses,
+    scalars_of,
+    summed_up,
     warn_of_many,
     weighted_sum,
 )
@@ -68,12 +69,14 @@ class Accumulation:
         summed: those of the other parameters, of all tasks.
         is_weighed: whether they are those of one weighted sum, not of tasks.
         is_local: whether they are those of this rank alone, and must be averaged.
+        is_listed: whether the tasks have no names of their own, but places in a list.
     """
 
     collected: dict[str, dict[Tensor, Tensor]] = field(default_factory=dict)
     summed: dict[Tensor, Tensor] = field(default_factory=dict)
     is_weighed: bool = False
     is_local: bool = False
+    is_listed: bool = False
 
     def __bool__(self) -> bool:
         """Say whether something is kept."""
@@ -88,20 +91,27 @@ class Accumulation:
         """Drop what is kept."""
         self.collected.clear()
         self.summed.clear()
-        self.is_weighed = self.is_local = False
+        self.is_weighed = self.is_local = self.is_listed = False
+
+    def joined(self, names: Collection[str], *, listed: bool) -> list[str]:
+        """List the tasks of all micro-batches, those of a new one included.
+
+        Raises:
+            ValueError: if it has other tasks, and they are not told apart by names.
+        """
+        is_same = self.collected.keys() == {*names}
+        is_named = not (listed or self.is_listed or self.is_weighed)
+        if self.collected and not (is_same or is_named):
+            raise ValueError(
+                f"losses must be those of tasks {[*self.collected]}, got {[*names]}: "
+                "where tasks come and go, give them names, {name: loss}"
+            )
+        return [*dict.fromkeys([*self.collected, *names])]
 
     def take(
         self, names: Collection[str], parameters: list[Tensor]
     ) -> tuple[StoredGradients, dict[Tensor, Tensor]]:
-        """Hand over what is kept of these tasks: the gradients, and the sums.
-
-        Raises:
-            ValueError: if it is of other tasks.
-        """
-        if self.collected and self.collected.keys() != {*names}:
-            raise ValueError(
-                f"losses must be those of tasks {[*self.collected]}, got {[*names]}"
-            )
+        """Hand over what is kept: the gradients of these tasks, and the sums."""
         gradients = StoredGradients(names, parameters, dict(self.collected))
         summed = dict(self.summed)
         self.collected.clear()
@@ -245,11 +255,14 @@ def run(
             named, reused = _losses_of_passes(
                 losses, roles, options, accumulation, reusable
             )
+            listed = not (reused or isinstance(losses, Mapping))
+            names = accumulation.joined(named, listed=listed)
             is_local = _check_replicas(named, roles, options, replicas)
-        ranks.agree([*named], roles.harmonized, [*roles.summed, *roles.outside])
+        others = [*roles.summed, *roles.outside]
+        names = ranks.agree(names, roles.harmonized, others, listed=listed)
         agree_on_passes(roles.own, named)
         # This empties the accumulation: if a later line raises, nothing stays in it.
-        stored, summed = accumulation.take(named, roles.harmonized)
+        stored, summed = accumulation.take(names, roles.harmonized)
         with set_aside(roles.own) as grads:
             gradients = _collect(named, stored, summed, roles, options, ranks, grads)
             sums = {p: p.grad for p in roles.summed if p.grad is not None}
@@ -261,13 +274,14 @@ def run(
                 (added,) = (stored[name] for name in named)
             elif not options.accumulate_only:
                 found, added = weigh_and_combine(
-                    gradients, named, weighting, options, ranks, hooks
+                    gradients, names, weighting, options, ranks, hooks
                 )
             if options.accumulate_only:
                 put_back(roles.own, grads, {})
                 accumulation.keep(stored, sums)
                 accumulation.is_weighed = reused is not None
                 accumulation.is_local |= is_local
+                accumulation.is_listed = listed
             else:
                 put_back(roles.own, grads, {**added, **sums})
                 accumulation.forget()
@@ -285,26 +299,54 @@ def finish(
     """Harmonize what is kept of micro-batches, and add it to ``.grad``.
 
     Raises:
-        RuntimeError: if ranks would have to average it first; nothing is lost then.
+        ValueError: if ranks have other tasks without names, or other parameters.
+        RuntimeError: if ranks would have to average it first, and no group is given;
+            nothing is lost then. If a rank failed or does not answer.
     """
-    if accumulation.is_local:
+    # Compared by identity: ``bool()`` of a compiled module raises.
+    group = None if options.sync_group is False else options.sync_group
+    if accumulation.is_local and options.sync_group is None:
         raise RuntimeError(
             "micro-batches were only accumulated, and their gradients are those of this "
             f"rank: {LATE}, with sync_group"
         )
-    names, is_weighed = [*accumulation.collected], accumulation.is_weighed
-    stored, summed = accumulation.take(names, roles.harmonized)
-    accumulation.forget()
-    if is_weighed:
-        found, added = None, stored[names[0]]
-    else:
-        found, added = weigh_and_combine(
-            stored, names, weighting, options, ALONE, hooks
-        )
+    roles = roles._replace(outside=also_trained(models_of(group), roles.own))
+    is_weighed, listed = accumulation.is_weighed, accumulation.is_listed
+    with together(group) as ranks:
+        others = [*roles.summed, *roles.outside]
+        kept = [*accumulation.collected]
+        names = ranks.agree(kept, roles.harmonized, others, listed=listed)
+        if not names:
+            return Outcome({}, None, None)
+        stored, summed = accumulation.take(names, roles.harmonized)
+        accumulation.forget()
+        outside = {p: p.grad for p in roles.outside if p.grad is not None}
+        sums = {**summed, **outside}
+        ends = [ranks.average(stored[name]) for name in names]
+        ends += [ranks.average(sums, of_all_tasks=True)] if others else []
+        for end in ends:
+            end()
+        if is_weighed:
+            found, added = None, stored[names[0]]
+            ranks.first_weights(
+                _nothing_of(stored)
+            )  # the last message that ranks expect
+        else:
+            found, added = weigh_and_combine(
+                stored, names, weighting, options, ranks, hooks
+            )
     grads = [parameter.grad for parameter in roles.own]
-    put_back(roles.own, grads, {**added, **summed})
+    put_back(roles.own, grads, {**sums, **added})
+    for parameter in roles.outside:
+        parameter.grad = sums.get(parameter)
     is_kept = options.keep and found is not None
     return Outcome({}, found, None, stored.without_graph() if is_kept else None)
+
+
+def _nothing_of(stored: StoredGradients) -> Tensor:
+    """Make a number where the gradients are, to be sent over ranks."""
+    device = next(iter(stored)).device
+    return torch.zeros(1, dtype=torch.float64, device=device)
 
 
 def weigh_and_combine(
@@ -329,7 +371,10 @@ def numbers_of(names: Collection[str], tasks: Iterable[str]) -> list[int]:
     return [number for number, task in enumerate(tasks) if task in names]
 
 
-LATE = "give the last micro-batch to backward() without accumulate_only"
+LATE = (
+    "give the last micro-batch to backward() without accumulate_only, or call "
+    "finish_accumulation()"
+)
 """The cure for a step that comes too late for what is kept."""
 
 _NOWHERE = "losses must reach a parameter that is to be harmonized, got none"
@@ -344,8 +389,9 @@ def _losses_of_passes(
 ) -> tuple[dict[str, Tensor], Harmonization | None]:
     """Give the losses whose passes will run, and the weights of their sum if it is one."""
     if options.total is None:
-        named = named_losses(losses)
-        _refuse_other_owner(named, roles, options, accumulation)
+        scalars = scalars_of(losses)
+        _refuse_other_owner(scalars, roles, options, accumulation)
+        named = summed_up(scalars)
     else:
         named = as_in_total(losses, options.total)
     warn_of_many(named)
@@ -378,7 +424,7 @@ _owners: "WeakTensorKeyDictionary" = WeakTensorKeyDictionary()
 
 
 def _refuse_other_owner(
-    losses: Mapping[str, Tensor],
+    losses: Mapping[str, Sequence[Tensor]],
     roles: Roles,
     options: Options,
     accumulation: Accumulation,
@@ -399,7 +445,8 @@ def _refuse_other_owner(
         weakref.ref(accumulation),
         weakref.ref(roles.harmonized[0]),
     ]
-    for name, loss in losses.items():
+    every = [(name, loss) for name, parts in losses.items() for loss in parts]
+    for name, loss in every:
         theirs = _owners.setdefault(loss, mine)  # type: ignore[no-untyped-call]  # torch's
         living = [
             (a(), b()) for a, b in zip(mine, theirs, strict=True) if b() is not None
@@ -454,7 +501,9 @@ def _collect(
         parameter.grad = summed.pop(parameter, None)
     may_defer = options.deferred and not (options.accumulate_only or options.keep)
     deferral = None
-    if may_defer and options.backward_fn is None:
+    # What is deferred has the tasks of this call alone.
+    is_all = stored.names == tuple(losses)
+    if may_defer and is_all and options.backward_fn is None:
         deferral = defer(losses, roles.harmonized)
     with keeping_bucket_views(grads):
         run_passes(

@@ -3,16 +3,20 @@
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from functools import reduce
 from operator import mul
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
-Losses: TypeAlias = Mapping[str, Tensor] | Iterable[Tensor] | Tensor
-"""One scalar per task: a mapping from names, an iterable, or a 1-D tensor."""
+Loss: TypeAlias = Tensor | Sequence[Tensor]
+"""A scalar, or several that are one task: their sum is meant."""
+
+Losses: TypeAlias = Mapping[str, Loss] | Iterable[Loss] | Tensor
+"""One loss per task: a mapping from names, an iterable, or a 1-D tensor."""
 
 _UNSCALED = (
     "losses must be scaled one by one, since GradScaler.scale takes no mapping: pass "
@@ -26,25 +30,55 @@ _MANY = 32
 def named_losses(losses: Losses) -> dict[str, Tensor]:
     """Check the losses of one step and name those that came without a name 0, 1, ...
 
+    A task of several scalars, ``[l1, l2]``, is their sum.
+
     Raises:
         TypeError: if ``losses`` is nothing to iterate over, or a loss is no tensor.
         ValueError: if there is no loss, a loss is not a real scalar, or no loss
             requires grad.
     """
-    named = _named(losses)
-    if not named:
+    return summed_up(scalars_of(losses))
+
+
+def scalars_of(losses: Losses) -> dict[str, list[Tensor]]:
+    """Check the losses of one step, and list the scalars of each task.
+
+    Raises:
+        TypeError, ValueError: as :func:`named_losses` does.
+    """
+    found: dict[str, list[Any]] = {
+        name: [*loss] if isinstance(loss, list | tuple) else [loss]
+        for name, loss in _named(losses).items()
+    }
+    if not found:
         raise ValueError("losses must hold at least one loss, got none")
-    for name, loss in named.items():
-        if isinstance(loss, map):
-            raise TypeError(_UNSCALED)
-        if not isinstance(loss, Tensor):
-            raise TypeError(f"losses[{name!r}] must be a tensor, got {type(loss)}")
-        if loss.numel() != 1 or not loss.is_floating_point():
-            given = f"shape {list(loss.shape)} and dtype {loss.dtype}"
-            raise ValueError(f"losses[{name!r}] must be a real scalar, got {given}")
-    if not any(loss.requires_grad for loss in named.values()):
-        raise ValueError(f"losses must require grad, got none that does in {[*named]}")
-    return named
+    for name, scalars in found.items():
+        if not scalars:
+            raise ValueError(f"losses[{name!r}] must hold at least one loss, got none")
+        for place, loss in enumerate(scalars):
+            where = f"losses[{name!r}]" + (f"[{place}]" if len(scalars) > 1 else "")
+            if isinstance(loss, map):
+                raise TypeError(_UNSCALED)
+            if not isinstance(loss, Tensor):
+                raise TypeError(f"{where} must be a tensor, got {type(loss)}")
+            if loss.numel() != 1 or not loss.is_floating_point():
+                given = f"shape {list(loss.shape)} and dtype {loss.dtype}"
+                raise ValueError(f"{where} must be a real scalar, got {given}")
+    if not any(loss.requires_grad for scalars in found.values() for loss in scalars):
+        raise ValueError(f"losses must require grad, got none that does in {[*found]}")
+    return found
+
+
+def summed_up(scalars: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
+    """Sum the scalars of each task; one alone stays the same tensor."""
+    with torch.enable_grad():
+        return {
+            name: reduce(_added, parts[1:], parts[0]) for name, parts in scalars.items()
+        }
+
+
+def _added(total: Tensor, more: Tensor) -> Tensor:
+    return total.reshape(()) + more.reshape(()).to(total.device)
 
 
 def protected_names(protect: Iterable[str | int]) -> tuple[str, ...]:
@@ -77,7 +111,7 @@ def warn_of_many(losses: Sized) -> None:
         )
 
 
-def _named(losses: Losses) -> dict[str, Tensor]:
+def _named(losses: Losses) -> dict[str, Loss]:
     """Bring losses in any form to that of a dictionary."""
     if isinstance(losses, Tensor):
         if losses.dim() == 0:
@@ -121,31 +155,47 @@ def as_in_total(losses: Losses, total: Tensor) -> dict[str, Tensor]:
             something else does, or two losses are the same tensor; or as
             :func:`named_losses` does.
     """
-    named = named_losses(losses)
+    scalars = scalars_of(losses)
     if not isinstance(total, Tensor):
         raise TypeError(f"total must be a tensor, got {type(total)}")
     if total.numel() != 1 or not total.requires_grad:
         given = f"shape {list(total.shape)}, requires_grad={total.requires_grad}"
         raise ValueError(f"total must be a scalar that requires grad, got {given}")
-    factors = _factors(losses, named, total)
+    live = {
+        (name, place): loss
+        for name, parts in scalars.items()
+        for place, loss in enumerate(parts)
+        if loss.requires_grad
+    }
+    factors = _factors(losses, live, total)
     with torch.enable_grad():
-        scaled = {name: loss * factors.get(name, 1) for name, loss in named.items()}
+        scaled = summed_up(
+            {
+                name: [loss * factors.get((name, k), 1) for k, loss in enumerate(parts)]
+                for name, parts in scalars.items()
+            }
+        )
     alone = not (dist.is_available() and dist.is_initialized())
-    idle = [
-        name for name, factor in factors.items() if alone and _is_known_zero(factor)
-    ]
-    if len(idle) < len(factors):
+    moving = {
+        name
+        for (name, _), factor in factors.items()
+        if not (alone and _is_known_zero(factor))
+    }
+    if moving:
+        idle = {name for name, _ in live if name not in moving}
         scaled |= {name: scaled[name].detach() for name in idle}
     return scaled
 
 
-def _factors(
-    losses: Losses, named: dict[str, Tensor], total: Tensor
-) -> dict[str, Tensor]:
-    """Differentiate a total with respect to the losses that require grad."""
-    live = {name: loss for name, loss in named.items() if loss.requires_grad}
+_Scalars: TypeAlias = dict[tuple[str, int], Tensor]
+"""Scalars by task and place in it."""
+
+
+def _factors(losses: Losses, live: _Scalars, total: Tensor) -> _Scalars:
+    """Differentiate a total with respect to the scalars that require grad."""
     if len({id(loss) for loss in live.values()}) < len(live):
-        raise ValueError(f"losses in a total must be distinct tensors, got {[*live]}")
+        names = [*dict.fromkeys(name for name, _ in live)]
+        raise ValueError(f"losses in a total must be distinct tensors, got {names}")
     # A 1-D tensor entered the total as a whole: the pieces are not in its graph.
     sources = [losses] if isinstance(losses, Tensor) else [*live.values()]
     for leaf in leaves(total, but_through=sources):
@@ -159,14 +209,12 @@ def _factors(
     )
     if isinstance(losses, Tensor):
         found = [None] * len(live) if found[0] is None else found[0].unbind()
-    for name, factor in zip(live, found, strict=True):
+    factors: _Scalars = {}
+    for (name, place), factor in zip(live, found, strict=True):
         if factor is None:
             raise ValueError(f"total must contain losses[{name!r}], got one without it")
-    return {
-        name: factor
-        for name, factor in zip(live, found, strict=True)
-        if factor is not None
-    }
+        factors[name, place] = factor
+    return factors
 
 
 def leaves(tensor: Tensor, but_through: Sequence[Tensor] = ()) -> Iterator[Tensor]:

@@ -332,6 +332,25 @@ class HarmonizedOptimizer(Wrapper):
     # torch hooks the step of every optimizer class; here _step has its hooks.
     step.hooked = True  # type: ignore[attr-defined]
 
+    def finish_accumulation(self, *, sync_group: SyncGroup | None = None) -> None:
+        """Harmonize micro-batches that were only accumulated, into ``.grad``, now.
+
+        For frameworks that know late which micro-batch was the last. ``step`` does it,
+        too, but what comes between, clipping and ``unscale_``, needs ``.grad`` before.
+        Does nothing where nothing is pending.
+
+        Args:
+            sync_group: as for ``backward``: average the gradients of each task over these
+                ranks first. All ranks must call it alike.
+
+        Raises:
+            ValueError: if the ranks differ in their parameters, or in tasks without names.
+            RuntimeError: if ranks would have to average the gradients and ``sync_group``
+                is None, or a GradScaler has unscaled the gradients of this step already;
+                nothing is lost then. If a rank fails or does not come.
+        """
+        self._finish(sync_group=sync_group)
+
     def register_harmonize_hook(self, hook: HarmonizeHook) -> RemovableHandle:
         """Have a hook called in each ``backward`` that measures, before it combines.
 
@@ -508,14 +527,18 @@ class HarmonizedOptimizer(Wrapper):
             return result
         return progress.value
 
-    def _finish(self, *, scaled: bool = False) -> None:
+    def _finish(
+        self, *, scaled: bool = False, sync_group: SyncGroup | None = None
+    ) -> None:
         """Harmonize micro-batches that were only accumulated, into ``.grad``.
 
         Args:
             scaled: a GradScaler is about to unscale the gradients.
+            sync_group: average over these ranks first.
         """
         progress = self._progress
-        if not progress.accumulation:
+        alone = sync_group is None or sync_group is False
+        if alone and not progress.accumulation:
             return
         # Without gradients no scaler has unscaled any. To search takes time.
         scalers = living(GradScaler) if self._grads() or scaled else []
@@ -528,10 +551,12 @@ class HarmonizedOptimizer(Wrapper):
         roles = self._roles()
         # Micro-batches kept as one weighted sum have used the weights of an earlier step.
         is_served = progress.accumulation.is_weighed and progress.steps > 0
-        options = self._options()
+        options = self._options(sync_group=sync_group)
         outcome = finish(roles, self.weighting, options, progress.accumulation, hooks)
         progress.is_measured |= is_served
-        progress.note(outcome, lambda value: mean_over_ranks(value, None, roles.own))
+        progress.note(
+            outcome, lambda value: mean_over_ranks(value, sync_group, roles.own)
+        )
 
     def _options(self, **given: Any) -> Options:
         """Complete the options of a call by those of this optimizer."""

@@ -194,18 +194,19 @@ def _run_all(
     watch: _Watch,
 ) -> list[Callable[[], None]]:
     """Run the passes of :func:`run_passes`; give what waits for the averages."""
-    *_, last = (name for name, loss in losses.items() if loss.requires_grad)
+    # In the order of all tasks, in which ranks send, with those that have no loss here.
+    live = [n for n in gradients.names if n in losses and losses[n].requires_grad]
     places: set[tuple[int, int]] = set()
     apart = {parameter for parameter in roles.summed if parameter.grad is not None}
     averages = []
-    for name, loss in losses.items():
+    for name in gradients.names:
         of_task = gradients[name]
-        if loss.requires_grad:
+        if name in live:
             # Where there are earlier gradients autograd adds to them in place.
             for parameter in roles.harmonized:
                 parameter.grad = of_task.pop(parameter, None)
             with _with_cure():
-                run(name, loss, retain_graph or name != last)
+                run(name, losses[name], retain_graph or name != live[-1])
             watch.check()
             for parameter in roles.harmonized:
                 if parameter.grad is not None:

@@ -109,7 +109,9 @@ class Progress:
             values = [*self.values.values()]
         else:
             weights = outcome.found.weights
-            values = [self.values[name] for name in outcome.found.names]
+            # A task that only other ranks have adds nothing here.
+            nothing = torch.zeros((), dtype=torch.float64, device="cpu")
+            values = [self.values.get(n, nothing) for n in outcome.found.names]
         # The gradient is that of all ranks, and a line search on each must see the same.
         value = mean(weighted_sum(values, weights))
         self.value = value if self.value is None else self.value + value

@@ -40,11 +40,15 @@ class Alone:
 
     def agree(
         self,
-        names: Sequence[str],  # as in Ranks, here and below
+        names: Sequence[str],
         shared: Sequence[Tensor],
         summed: Sequence[Tensor],
-    ) -> None:
-        """Do nothing."""
+        *,
+        listed: bool,
+    ) -> list[str]:
+        """Give the tasks back."""
+        del shared, summed, listed
+        return [*names]
 
     def average(
         self,
@@ -104,18 +108,27 @@ class Ranks:
         mark(group)
 
     def agree(
-        self, names: Sequence[str], shared: Sequence[Tensor], summed: Sequence[Tensor]
-    ) -> None:
+        self,
+        names: Sequence[str],
+        shared: Sequence[Tensor],
+        summed: Sequence[Tensor],
+        *,
+        listed: bool,
+    ) -> list[str]:
         """See that all ranks are about to do the same.
 
         Args:
-            names: of the tasks; an average for each will follow.
+            names: of the tasks of this rank.
             shared: parameters of these averages. Passed over are DTensors on a mesh of
                 all these ranks, since what they have is complete.
             summed: those of one more average at the end; if there are none, no average.
+            listed: whether the tasks have no names of their own.
+
+        Returns:
+            The tasks that any rank has, in one order: an average for each will follow.
 
         Raises:
-            ValueError: if ranks differ in the tasks or in the parameters.
+            ValueError: if ranks differ in the parameters, or in tasks without names.
             RuntimeError: if a rank failed or does not answer.
         """
         self._shared, self._summed = self._to_average(shared), self._to_average(summed)
@@ -125,13 +138,8 @@ class Ranks:
         words = torch.tensor(table, dtype=torch.int64, device="cpu")
         rows = self._tell(words.flatten()).view(-1, 3).tolist()
         if any(row[:2] != rows[0][:2] for row in rows):
-            told: list[list[str]] = [[]] * self._size
-            with self._explained():
-                dist.all_gather_object(told, list(names), group=self._group)
-            given = "; ".join(
-                f"{said} on rank {rank}" for rank, said in enumerate(told)
-            )
-            raise ValueError(f"losses must be those of the same tasks, got {given}")
+            names = self._union(names, listed=listed)
+            rows = [[len(names), digest(names), row[2]] for row in rows]
         odd = [rank for rank, row in enumerate(rows) if row != rows[0]]
         if odd:
             raise ValueError(
@@ -145,6 +153,24 @@ class Ranks:
             torch.zeros(length, dtype=torch.uint8, device="cpu")
             for length in [*lengths, 0]
         ]
+        return [*names]
+
+    def _union(self, names: Sequence[str], *, listed: bool) -> list[str]:
+        """List the tasks that any rank has, those of the first rank first.
+
+        Raises:
+            ValueError: if tasks have no names of their own on some rank.
+        """
+        told: list[tuple[list[str], bool]] = [([], False)] * self._size
+        with self._explained():
+            dist.all_gather_object(told, (list(names), listed), group=self._group)
+        if any(is_listed for _, is_listed in told):
+            given = "; ".join(f"{said} on rank {r}" for r, (said, _) in enumerate(told))
+            raise ValueError(
+                f"losses must be those of the same tasks, got {given}: where a rank may "
+                "lack a task, give them names, {name: loss}"
+            )
+        return [*dict.fromkeys(name for said, _ in told for name in said)]
 
     def average(
         self, gradients: dict[Tensor, Tensor], *, of_all_tasks: bool = False
