@@ -353,8 +353,8 @@ def test_what_a_step_costs_is_printed_for_each_method(
 ) -> None:
     monkeypatch.setattr(timing, "load_task", lambda *_, **__: task)
     timing.main(["--rounds", "1"])
-    head, *rows = capsys.readouterr().out.split("\n\n")[0].splitlines()
-    assert head.split() == ["plain,", "ms", "gh", "ghpp", "three", "passes"]
+    head, _, *rows = capsys.readouterr().out.split("\n\n")[0].splitlines()
+    assert head.split() == ["method", "plain,", "ms", "gh", "ghpp", "three", "passes"]
     assert [row.split()[0] for row in rows] == list(ALL_METHODS[1:])
     assert all(float(cell) > 0 for row in rows for cell in row.split()[1:])
 
