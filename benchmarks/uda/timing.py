@@ -8,9 +8,10 @@ from collections.abc import Sequence
 
 import torch
 
+from benchmarks.common.digits import SIZE
 from benchmarks.common.options import positive
 from benchmarks.common.table import lay_out
-from benchmarks.uda.data import DEMO, LARGE, SIZE, load_task
+from benchmarks.uda.data import DEMO, LARGE, load_task
 from benchmarks.uda.methods.steps import ALL_METHODS, SOURCE_ONLY
 from benchmarks.uda.runs.cost import three_passes, time_ratios, updates_of
 

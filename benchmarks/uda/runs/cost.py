@@ -10,7 +10,8 @@ from torch import nn
 from torch.optim import SGD
 
 from benchmarks.common.clock import WARM_UPS, cpu_seconds, time_rounds
-from benchmarks.uda.data import SIZE, Task, batches
+from benchmarks.common.digits import SIZE
+from benchmarks.uda.data import Task, batches
 from benchmarks.uda.methods import Losses
 from benchmarks.uda.methods.networks import build_networks
 from benchmarks.uda.methods.steps import Config, Step, make_step
