@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.common.clock import WARM_UPS
 from benchmarks.common.environment import environment
 from benchmarks.common.watch import Watch, watch
 from benchmarks.speed import __main__ as command
@@ -314,7 +315,7 @@ def test_every_turn_is_beside_one_of_the_floor_before_and_after_by_turns(
     monkeypatch.setattr(measure, "FLOOR", note("floor"))
     monkeypatch.setattr(measure, "make_timer", lambda _: timer)
     time_ratios([note("floor"), note("other")], "tiny", 1, 8, CPU)
-    turns = calls[2 * measure.WARM_UPS + 1 :]
+    turns = calls[2 * WARM_UPS + 1 :]
     pairs = list(zip(turns[::2], turns[1::2], strict=True))
     assert len(pairs) == 16
     assert pairs.count(("floor", "other")) == pairs.count(("other", "floor")) == 4
@@ -340,7 +341,7 @@ def test_short_steps_are_repeated_after_one_that_is_not_timed(
     monkeypatch.setattr(measure, "SHORTEST", 3.0)
     time_ratios([floor], "tiny", 1, 2, CPU)
     assert timed == [1, *[3] * 4]  # to learn how long it takes, and 2 turns of a pair
-    assert len(calls) == measure.WARM_UPS + sum(timed) + 4
+    assert len(calls) == WARM_UPS + sum(timed) + 4
 
 
 def test_the_spread_is_the_median_and_the_quartiles() -> None:
@@ -379,9 +380,9 @@ def test_every_round_of_a_bandwidth_harmonizes_the_same_gradients(
 
     monkeypatch.setattr(bandwidth, "harmonize", note)
     bandwidths(2, 2, CPU, "tiny")
-    assert len(seen) == 2 * 4
+    assert len(seen) == 2 * (WARM_UPS + 2)
     assert sum(seen[0]) < 0
-    assert seen[0] == seen[1] == seen[3]
+    assert seen[0] == seen[1] == seen[WARM_UPS + 1]
 
 
 def test_a_wrong_gramian_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
