@@ -7,13 +7,14 @@ reach, how much their gradients conflict, what a step costs. Data comes with two
 import argparse
 import json
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from benchmarks.common.clock import cpu_seconds
 from benchmarks.common.environment import environment
 from benchmarks.common.options import positive
 from benchmarks.mtl.problem import Problem
@@ -33,33 +34,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.json and not options.json.parent.is_dir():
         parser.error(f"--json: {options.json.parent} is no folder")
     torch.set_num_threads(1)
-    began = time.process_time()
     try:
-        for rule in options.rules:  # now, not after minutes of training
-            RULES[rule].make()
-        seeds = options.seeds or (QUICK_SEEDS if options.quick else SEEDS)
-        around = environment(torch.device("cpu"))
-        print(", ".join(f"{name} {around[name]}" for name in AROUND), flush=True)
-        found: list[Result] = []
-        compared: list[Compared] = []
-        ratios: dict[str, dict[str, float]] = {}
-        for problem in (PROBLEMS[name] for name in options.problems):
-            rules = rules_for(problem, options.rules)
-            steps = options.steps or (QUICK_STEPS if options.quick else problem.steps)
-            results = _results(problem, rules, seeds, steps)
-            ratios[problem.name] = {
-                rule: time_ratio(problem, rule) for rule in rules if rule != "sum"
-            }
-            print(
-                f"\n{format_problem(problem, results, ratios[problem.name])}",
-                flush=True,
-            )
-            compared += compare(problem, results)
-            found += results
+        seconds = cpu_seconds(partial(_print_all, options))
     except ImportError as error:
         parser.error(str(error))
+    print(f"\n{seconds / 60:.1f} minutes of CPU time")
+
+
+def _print_all(options: argparse.Namespace) -> None:
+    """Print the tables and the verdict, and write all figures if asked to."""
+    for rule in options.rules:  # now, not after minutes of training
+        RULES[rule].make()
+    seeds = options.seeds or (QUICK_SEEDS if options.quick else SEEDS)
+    around = environment(torch.device("cpu"))
+    print(", ".join(f"{name} {around[name]}" for name in AROUND), flush=True)
+    found: list[Result] = []
+    compared: list[Compared] = []
+    ratios: dict[str, dict[str, float]] = {}
+    for problem in (PROBLEMS[name] for name in options.problems):
+        rules = rules_for(problem, options.rules)
+        steps = options.steps or (QUICK_STEPS if options.quick else problem.steps)
+        results = _results(problem, rules, seeds, steps)
+        ratios[problem.name] = {
+            rule: time_ratio(problem, rule) for rule in rules if rule != "sum"
+        }
+        print(f"\n{format_problem(problem, results, ratios[problem.name])}", flush=True)
+        compared += compare(problem, results)
+        found += results
     print(f"\n{NOTES}\n\n{verdict(compared, seeds)}")
-    print(f"\n{(time.process_time() - began) / 60:.1f} minutes of CPU time")
     if options.json:
         content = {
             "environment": around,

@@ -81,25 +81,3 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
 def generator(seed: int, purpose: int = 0) -> torch.Generator:
     """Make a generator of a seed that no other purpose of this seed draws from."""
     return torch.Generator().manual_seed(1_000_003 * seed + purpose)
-
-
-def lenet(side: int, features: int) -> nn.Sequential:
-    """Make a small LeNet: images ``[B, 1, side, side]`` to features ``[B, features]``."""
-    side = ((side - 4) // 2 - 4) // 2
-    network = nn.Sequential(
-        nn.Conv2d(1, 10, 5),
-        nn.MaxPool2d(2),
-        nn.ReLU(),
-        nn.Conv2d(10, 20, 5),
-        nn.MaxPool2d(2),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(20 * side * side, features),
-        nn.ReLU(),
-    )
-    for parameter in network.parameters():
-        if parameter.dim() == 4:
-            # Same arithmetic, three quarters of the time on a CPU.
-            weight = parameter.data.contiguous(memory_format=torch.channels_last)
-            parameter.data = weight
-    return network

@@ -25,9 +25,6 @@ by step %: the same for the step that the optimizer made.
 same bits: seeds whose parameters are at the end those of the sum, bit by bit.
 time: CPU time of a training step over that of the plain sum without ghopt."""
 
-Ratios = Mapping[str, Mapping[str, float]]
-"""Time ratio by problem and rule."""
-
 
 class Compared(NamedTuple):
     """A rule's paired difference to the sum in one metric of one problem."""

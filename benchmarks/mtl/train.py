@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from benchmarks.common.clock import cpu_seconds
+from benchmarks.common.clock import WARM_UPS, cpu_seconds, time_rounds
 from benchmarks.mtl.problem import Batch, Problem, Training
 from benchmarks.mtl.rules import RULES
 from ghopt import HarmonizedOptimizer, Recorder, Recording
@@ -20,7 +20,6 @@ from ghopt import HarmonizedOptimizer, Recorder, Recording
 # TorchJD's solvers.
 ORTHOGONAL = 1e-6
 
-WARM_UPS = 3
 ROUNDS = 15
 
 
@@ -125,18 +124,16 @@ def time_ratio(problem: Problem, rule: str, rounds: int = ROUNDS) -> float:
     """CPU time of a whole step under a rule over that of the plain sum.
 
     The plain sum is what one writes without ``ghopt``: ``sum(losses).backward()`` and
-    the bare optimizer, on a network of its own. Both take the same batches in turn, A B
-    in one round and B A in the next, and the ratios of neighbours have their median
-    taken: what else happens on the machine reaches both.
+    the bare optimizer, on a network of its own. Both take the same batches, and the
+    ratios of neighbours have their median taken.
     """
     trainings = problem.start(0), problem.start(0)
     steps = plain_step(trainings[0]), _harmonized_step(problem, trainings[1], rule)
-    ratios = []
-    for index, batch in enumerate(islice(trainings[0].batches, WARM_UPS + rounds)):
-        order = (0, 1) if index % 2 else (1, 0)
-        seconds = {which: cpu_seconds(partial(steps[which], batch)) for which in order}
-        ratios.append(seconds[1] / seconds[0])
-    return median(ratios[WARM_UPS:])
+    calls = (
+        [partial(step, batch) for step in steps]
+        for batch in islice(trainings[0].batches, WARM_UPS + rounds)
+    )
+    return median(own / plain for plain, own in time_rounds(calls, cpu_seconds))
 
 
 def plain_step(training: Training) -> Callable[[Batch], None]:

@@ -36,7 +36,8 @@ NOTES = f"""\
 Rates are times the problem's, weights those of {{tasks}}.
 best: the cell with the best mean over seeds {CHOOSING.start} to {CHOOSING.stop - 1}.
 The figure is that of this cell over seeds {COMPARING.start} to {COMPARING.stop - 1}, mean +- standard deviation.
-minus ...: paired by seed, mean +- its 95 % margin (Student's t).
+minus ...: paired by seed, mean +- its 95 % margin (Student's t); in the tables of
+  python -m benchmarks.mtl it is a standard error.
 projected on itself: momentum and step oppose the total gradient in nothing, a restart of
   momentum. projected: they oppose no task.
 passes: backward passes of a training, in those of the sum."""

@@ -21,6 +21,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
+from benchmarks.common.table import lay_out
 from benchmarks.common.watch import Watch
 from benchmarks.scaling.model import (
     ddp_control,
@@ -156,18 +157,23 @@ def predict(scheme: str, world: int, tasks: int) -> Counts:
 def format_lines(lines: Sequence[Line]) -> str:
     """Lay out predictions (p) and counts (c) side by side."""
     rows = [
-        "                   ranks  tasks   messages             bytes sent        copies",
-        "                                   p     c           p           c      p     c",
+        ["", "", "", "messages", "", "bytes sent", "", "copies", "", ""],
+        ["", "ranks", "tasks", *("p", "c") * 3, ""],
     ]
     for line in lines:
-        one, other = line.predicted, line.counted
+        both = (line.predicted, line.counted)
         rows.append(
-            f"{line.scheme:17}  {line.world:5}  {line.tasks or 'plain':>5}"
-            f"  {one.messages:4}  {other.messages:4}  {one.sent:10}  {other.sent:10}"
-            f"  {one.copies:5.2f} {other.copies:5.2f}"
-            f"{'' if line.agrees else '  DISAGREE'}"
+            [
+                line.scheme,
+                str(line.world),
+                str(line.tasks or "plain"),
+                *(str(one.messages) for one in both),
+                *(str(one.sent) for one in both),
+                *(f"{one.copies:.2f}" for one in both),
+                "" if line.agrees else "DISAGREE",
+            ]
         )
-    return "\n".join(rows)
+    return lay_out(rows, underline=False)
 
 
 def _count_all(world: int, cases: Sequence[tuple[str, int]]) -> list[Counts]:

@@ -4,15 +4,15 @@ They cannot move less than 5N elements for two tasks: read both gradients, then 
 both again and write one; (2K + 1)N for K tasks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.common.clock import make_timer
-from benchmarks.speed.measure import WARM_UPS, spread
+from benchmarks.common.clock import WARM_UPS, Call, make_timer, time_rounds
+from benchmarks.speed.measure import spread
 from benchmarks.speed.problems import make
 from benchmarks.speed.results import Figure
 from ghopt import gh
@@ -82,16 +82,20 @@ def _share(
     size = sum(tensor.nbytes for tensor in rows[0])
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.ones_like(source)
-    shares = []
     first = [tensor.clone() for tensor in rows[0]]
-    for number in range(WARM_UPS + rounds):
-        taken = timer(partial(harmonize, rows))
-        copied = timer(partial(_copy, source, target))
-        # Else the next round would find no conflict.
-        torch._foreach_copy_(list(rows[0]), first)
-        if number >= WARM_UPS:
-            shares.append((2 * len(rows) + 1) * size / taken / (2 * size / copied))
-    return spread(shares)
+
+    def pairs() -> Iterator[tuple[Call, Call]]:
+        for _ in range(WARM_UPS + rounds):
+            yield partial(harmonize, rows), partial(_copy, source, target)
+            # Else the next round would find no conflict.
+            torch._foreach_copy_(list(rows[0]), first)
+
+    return spread(
+        [
+            (2 * len(rows) + 1) * size / taken / (2 * size / copied)
+            for taken, copied in time_rounds(pairs(), timer)
+        ]
+    )
 
 
 def _copy(source: Tensor, target: Tensor) -> None:

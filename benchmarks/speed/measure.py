@@ -4,17 +4,17 @@ import gc
 import random
 from collections.abc import Sequence
 from functools import partial
+from itertools import repeat
 from statistics import quantiles
 
 import torch
 
-from benchmarks.common.clock import Timer, make_timer
+from benchmarks.common.clock import WARM_UPS, Call, Timer, make_timer, time_rounds
 from benchmarks.common.watch import watch
 from benchmarks.speed.methods import FLOOR, PLAIN, Method, Step
 from benchmarks.speed.problems import make
 from benchmarks.speed.results import Figure, attempt
 
-WARM_UPS = 2
 # In a shorter time the clock would show, and what the caches still hold.
 SHORTEST = 0.02
 
@@ -29,10 +29,10 @@ def time_ratios(
     """Time whole steps of all methods, each over one of the floor right beside it.
 
     Every method has a network and an optimizer of its own. In each round all take their
-    turns, in another order: A B with the floor, in the next round B A, so that what
-    else happens on the machine reaches both. The floor takes a turn against itself: its
-    quartiles tell the noise. Steps too short for a clock are repeated within a turn,
-    after one that is not timed; steps that differ in cost, in turns of whole cycles.
+    turns, in another order: A B with the floor, in the next round B A. The floor takes a
+    turn against itself: its quartiles tell the noise. Steps too short for a clock are
+    repeated within a turn, after one that is not timed; steps that differ in cost, in
+    turns of whole cycles.
     """
     timer = make_timer(device)
     steps: dict[str, Step] = {}
@@ -44,18 +44,21 @@ def time_ratios(
         else:
             steps[method.name] = step
     repeats = max(1, round(SHORTEST / timer(steps[FLOOR.name])))
-    cycles = {method.name: method.cycle for method in methods}
+    turns = {
+        method.name: time_rounds(
+            repeat((steps[method.name], steps[FLOOR.name])),
+            partial(_timed, timer=timer, cycles=repeats, cycle=method.cycle),
+            warm_ups=0,  # each by itself has had its own
+        )
+        for method in methods
+        if method.name in steps
+    }
     ratios: dict[str, list[float]] = {name: [] for name in steps}
     orders = random.Random(0)
-    for number in range(rounds):
+    for _ in range(rounds):
         gc.collect()
         for name in orders.sample(list(steps), len(steps)):
-            timed = partial(_timed, timer=timer, cycles=repeats, cycle=cycles[name])
-            pair = [steps[name], steps[FLOOR.name]]
-            if number % 2:
-                own, floor = map(timed, pair)
-            else:
-                floor, own = map(timed, reversed(pair))
+            own, floor = next(turns[name])
             ratios[name].append(own / floor)
     found = []
     for method in methods:
@@ -102,12 +105,12 @@ def _warm_step(method: Method, network: str, tasks: int, device: torch.device) -
     return step
 
 
-def _timed(step: Step, timer: Timer, cycles: int, cycle: int) -> float:
+def _timed(step: Call, timer: Timer, cycles: int, cycle: int) -> float:
     if cycles > 1:
         _repeat(step, cycle)
     return timer(partial(_repeat, step, cycles * cycle))
 
 
-def _repeat(step: Step, times: int) -> None:
+def _repeat(step: Call, times: int) -> None:
     for _ in range(times):
         step()

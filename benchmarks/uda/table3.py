@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from benchmarks.common.digits import SIZE
 from benchmarks.common.extra import bench_extra
 from benchmarks.common.options import positive
 from benchmarks.common.store import append_run, read_runs
-from benchmarks.uda.data import DEMO, LARGE, REAL, SIZE, Task, load_task
+from benchmarks.uda.data import DEMO, LARGE, REAL, Task, load_task
 from benchmarks.uda.methods.rules import ALL_RULES, FLIPS
 from benchmarks.uda.methods.steps import ALL_METHODS, SOURCE_ONLY, Config
 from benchmarks.uda.runs.configs import make_configs

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 
 import torch
 
+from benchmarks.common.digits import SIZE
 from benchmarks.common.options import positive
-from benchmarks.uda.data import DEMO, LARGE, SIZE, load_task
+from benchmarks.common.table import lay_out
+from benchmarks.uda.data import DEMO, LARGE, load_task
 from benchmarks.uda.methods.steps import ALL_METHODS, SOURCE_ONLY
 from benchmarks.uda.runs.cost import three_passes, time_ratios, updates_of
 
@@ -43,17 +45,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ImportError as error:
         parser.error(str(error))
     updates = {**updates_of("gh", "ghpp"), "three passes": three_passes}
-    print("".join(f"{name:>14}" for name in ("", "plain, ms", *updates)))
+    rows = [["method", "plain, ms", *updates]]
     for method in ALL_METHODS:
         if method != SOURCE_ONLY:
             plain, ratios = time_ratios(
                 task, method, updates, options.rounds, options.size
             )
-            print(
-                f"{method:14}{plain:14.2f}"
-                + "".join(f"{ratio:14.2f}" for ratio in ratios.values())
-            )
-    print(f"\n{NOTES}")
+            shown = [plain, *ratios.values()]
+            rows.append([method, *(f"{one:.2f}" for one in shown)])
+    print(f"{lay_out(rows)}\n\n{NOTES}")
 
 
 if __name__ == "__main__":

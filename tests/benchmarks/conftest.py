@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from benchmarks.uda.data import Batch, Split, Task, batches
+from benchmarks.common.digits import Split
+from benchmarks.uda.data import Batch, Task, batches
 
 
 @pytest.fixture(autouse=True, scope="package")

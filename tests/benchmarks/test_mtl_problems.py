@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.mtl.problem import Problem, Training, accuracy, generator, lenet
+from benchmarks.common.digits import Split
+from benchmarks.mtl.problem import Problem, Training, accuracy, generator
 from benchmarks.mtl.problems import PROBLEMS, adversarial, cells, multimnist, pinn
 from benchmarks.mtl.problems.digits import digits
-from benchmarks.uda.data import Split, Task
+from benchmarks.mtl.problems.networks import lenet
 from ghopt import HarmonizedOptimizer, gh
 
 
@@ -104,9 +105,9 @@ def test_digits_are_split_with_mixed_classes_and_none_on_both_sides(
     images[:, 0, 0, 0], images[:, 0, 0, 1] = -1, 1
     labels = torch.arange(10).repeat_interleave(500)  # sorted, as in the file
     images[:, 0, 1, 1] = labels / 5 - 1
-    none = Split(images[:0], labels[:0])
-    task = Task("a-b", Split(images, labels), images[:0], none)
-    monkeypatch.setattr("benchmarks.mtl.problems.digits.load_task", lambda _: task)
+    monkeypatch.setattr(
+        "benchmarks.mtl.problems.digits.mnist5k", lambda _: Split(images, labels)
+    )
     train, test = digits.__wrapped__()
     assert train.images.shape == (4000, 1, 16, 16)
     assert test.images.shape == (1000, 1, 16, 16)

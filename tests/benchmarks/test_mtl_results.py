@@ -383,6 +383,7 @@ def test_the_command_prints_every_table_and_writes_every_figure(
     path = tmp_path / "all.json"
     main(["--quick", "--steps", "2", "--json", str(path)])
     out = capsys.readouterr().out
+    assert re.search(r"^\d+\.\d minutes of CPU time$", out, re.MULTILINE)
     assert NOTES in out
     assert re.match(
         r"date \d{4}-\d\d-\d\d, device .*, threads 1, python .*torch .*", out

@@ -1,5 +1,6 @@
 """What a step sends and keeps on many GPUs: limits, parts by hand, counts on ranks."""
 
+import re
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -11,6 +12,7 @@ from benchmarks.scaling.check import (
     DDP,
     KEPT,
     SHARDED,
+    Counts,
     Line,
     check,
     format_lines,
@@ -108,9 +110,27 @@ def test_real_steps_on_two_ranks_send_and_keep_what_the_model_says() -> None:
     assert all(line.agrees for line in lines), format_lines(lines)
     # Not empty counts, which would agree with empty predictions.
     assert min(line.counted.sent for line in lines) > 1e7
+    quoted = [row.split() for row in README.splitlines()]
     shown = format_lines([line for line in lines if line.scheme == DDP])
     assert shown.count("\n") == 3
-    assert all(line in README for line in shown.splitlines())
+    assert all(row.split() in quoted for row in shown.splitlines())
+
+
+def test_the_readme_quotes_the_check_in_its_layout() -> None:
+    (quoted,) = re.findall(r"```text\n( +messages.*?)\n\n", README, re.DOTALL)
+    lines = []
+    for row in quoted.splitlines()[2:]:
+        scheme, world, tasks, *numbers = re.split(" {2,}", row)
+        predicted, counted = (
+            Counts(int(messages), int(sent), float(copies))
+            for messages, sent, copies in (numbers[::2], numbers[1::2])
+        )
+        count = 0 if tasks == "plain" else int(tasks)
+        lines.append(Line(scheme, int(world), count, predicted, counted))
+    assert format_lines(lines) == quoted
+    assert [line.predicted.sent for line in lines] == [
+        predict(line.scheme, line.world, line.tasks).sent for line in lines
+    ]
 
 
 @pytest.mark.parametrize("field", ["messages", "sent", "copies"])

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.common.clock import WARM_UPS
 from benchmarks.common.environment import environment
 from benchmarks.common.watch import Watch, watch
 from benchmarks.speed import __main__ as command
@@ -33,6 +34,7 @@ CPU = torch.device("cpu")
 README = Path(command.__file__).with_name("README.md").read_text()
 NAMED = {method.name: method for method in METHODS}
 GHOPT = [method for method in METHODS if method.name.startswith("ghopt")]
+PROJECTED = NAMED["ghopt gh, projected"]
 
 MOST_OPERATIONS = 53
 
@@ -67,7 +69,12 @@ def test_harmonizing_two_tasks_adds_few_operations_to_the_two_passes() -> None:
     assert harmonized - floor <= MOST_OPERATIONS
 
 
-@pytest.mark.parametrize("method", GHOPT, ids=lambda method: method.name)
+# On the CPU, where to ask is free, nothing is projected that opposes no task.
+@pytest.mark.parametrize(
+    "method",
+    [method for method in GHOPT if method is not PROJECTED],
+    ids=lambda method: method.name,
+)
 def test_the_number_of_operations_does_not_depend_on_the_values(method: Method) -> None:
     def count(*factors: float) -> int:
         return watch(method.start(scaled(make("tiny", 2), *factors))).operations
@@ -85,8 +92,11 @@ def test_the_number_of_operations_does_not_depend_on_the_values(method: Method) 
 )
 def test_a_step_keeps_one_gradient_copy_less_than_there_are_tasks(tasks: int) -> None:
     methods = [method for method in GHOPT if tasks in method.tasks]
-    for copies in values(peak_copies(methods, "mlp32", tasks, CPU)).values():
-        assert copies <= 1.05 * (tasks - 1) + 0.05 * (tasks == 1)
+    copies = values(peak_copies(methods, "mlp32", tasks, CPU))
+    # The gradients of all tasks until the step, and the parameters before it.
+    assert copies.pop(PROJECTED.name) <= 1.03 * (tasks + 1)
+    for of_method in copies.values():
+        assert of_method <= 1.05 * (tasks - 1) + 0.05 * (tasks == 1)
 
 
 def test_the_update_and_the_gramian_are_as_exact_as_promised() -> None:
@@ -314,7 +324,7 @@ def test_every_turn_is_beside_one_of_the_floor_before_and_after_by_turns(
     monkeypatch.setattr(measure, "FLOOR", note("floor"))
     monkeypatch.setattr(measure, "make_timer", lambda _: timer)
     time_ratios([note("floor"), note("other")], "tiny", 1, 8, CPU)
-    turns = calls[2 * measure.WARM_UPS + 1 :]
+    turns = calls[2 * WARM_UPS + 1 :]
     pairs = list(zip(turns[::2], turns[1::2], strict=True))
     assert len(pairs) == 16
     assert pairs.count(("floor", "other")) == pairs.count(("other", "floor")) == 4
@@ -340,7 +350,7 @@ def test_short_steps_are_repeated_after_one_that_is_not_timed(
     monkeypatch.setattr(measure, "SHORTEST", 3.0)
     time_ratios([floor], "tiny", 1, 2, CPU)
     assert timed == [1, *[3] * 4]  # to learn how long it takes, and 2 turns of a pair
-    assert len(calls) == measure.WARM_UPS + sum(timed) + 4
+    assert len(calls) == WARM_UPS + sum(timed) + 4
 
 
 def test_the_spread_is_the_median_and_the_quartiles() -> None:
@@ -379,9 +389,9 @@ def test_every_round_of_a_bandwidth_harmonizes_the_same_gradients(
 
     monkeypatch.setattr(bandwidth, "harmonize", note)
     bandwidths(2, 2, CPU, "tiny")
-    assert len(seen) == 2 * 4
+    assert len(seen) == 2 * (WARM_UPS + 2)
     assert sum(seen[0]) < 0
-    assert seen[0] == seen[1] == seen[3]
+    assert seen[0] == seen[1] == seen[WARM_UPS + 1]
 
 
 def test_a_wrong_gramian_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -447,7 +457,7 @@ def test_the_command_prints_the_tables_and_writes_all_figures(
     assert f"torch {torch.__version__}" in shown.splitlines()[0]
     assert written["environment"]["torch"] == torch.__version__
     figures = [Figure(**figure) for figure in written["figures"]]
-    assert len(figures) == 20 + 19 + 4 * sum(method.is_gh for method in METHODS)
+    assert len(figures) == 21 + 20 + 4 * sum(method.is_gh for method in METHODS)
     memory = [figure for figure in figures if figure.table == "memory"]
     assert format_table(memory) in shown
 

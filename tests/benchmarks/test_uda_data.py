@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from PIL import Image
 from scipy.io import savemat
 
+from benchmarks.common.digits import Split
 from benchmarks.common.extra import bench_extra
 from benchmarks.uda import data
-from benchmarks.uda.data import DEMO, Split, Task, batches, load_task
+from benchmarks.uda.data import DEMO, Task, batches, load_task
 
 REAL_DATA = Path(__file__).parents[3] / "shared" / "data"
 SHAPES = {"mnist": (60000, 10000, 28), "usps": (7291, 2007, 16)}

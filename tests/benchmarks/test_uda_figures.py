@@ -131,7 +131,7 @@ def test_a_rule_of_lambda_is_ghpp_with_that_share(lam: float) -> None:
 def test_every_rule_is_found_and_the_tables_have_those_of_old() -> None:
     assert all(find_rule(name) is rule for name, rule in ALL_RULES.items())
     assert list(ALL_RULES) == [
-        *("sum", "gh", "ghpp", "ghpp_printed", "ghpp_balanced"),
+        *("sum", "gh", "ghpp", "ghpp_printed", "gh_projected", "ghpp_balanced"),
         *("minus_alignment", "minus_classification"),
     ]
 

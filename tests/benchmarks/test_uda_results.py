@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import SGD
 
 import ghopt
+from benchmarks.common.clock import WARM_UPS
 from benchmarks.common.store import append_run, read_runs
 from benchmarks.uda import __main__ as job
 from benchmarks.uda import plots, timing
@@ -25,7 +26,7 @@ from benchmarks.uda.methods.rules import RULES, find_rule
 from benchmarks.uda.methods.steps import ALL_METHODS, METHODS, Config, Step
 from benchmarks.uda.methods.updates import MakeUpdate, Update, plain_update
 from benchmarks.uda.runs import cost, train
-from benchmarks.uda.runs.cost import WARM_UPS, time_ratios
+from benchmarks.uda.runs.cost import time_ratios
 from benchmarks.uda.runs.records import Result, key_of
 from benchmarks.uda.runs.train import run
 from benchmarks.uda.runs.train import test_error as error_on
@@ -353,8 +354,8 @@ def test_what_a_step_costs_is_printed_for_each_method(
 ) -> None:
     monkeypatch.setattr(timing, "load_task", lambda *_, **__: task)
     timing.main(["--rounds", "1"])
-    head, *rows = capsys.readouterr().out.split("\n\n")[0].splitlines()
-    assert head.split() == ["plain,", "ms", "gh", "ghpp", "three", "passes"]
+    head, _, *rows = capsys.readouterr().out.split("\n\n")[0].splitlines()
+    assert head.split() == ["method", "plain,", "ms", "gh", "ghpp", "three", "passes"]
     assert [row.split()[0] for row in rows] == list(ALL_METHODS[1:])
     assert all(float(cell) > 0 for row in rows for cell in row.split()[1:])
 

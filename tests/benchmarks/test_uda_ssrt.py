@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.uda.data import Batch, Split, Task, batches
+from benchmarks.common.digits import Split
+from benchmarks.uda.data import Batch, Task, batches
 from benchmarks.uda.methods import domain_loss, warm_up
 from benchmarks.uda.methods.networks import Networks, build_networks
 from benchmarks.uda.methods.ssrt import (

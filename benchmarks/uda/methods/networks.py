@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from benchmarks.uda.data import LARGE, SIZE
+from benchmarks.common.digits import SIZE
+from benchmarks.uda.data import LARGE
 from benchmarks.uda.methods.vit import WIDTH, VisionTransformer
 
 CLASSES = 10

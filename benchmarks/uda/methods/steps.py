@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from benchmarks.uda.data import SIZE, Batch
+from benchmarks.common.digits import SIZE
+from benchmarks.uda.data import Batch
 from benchmarks.uda.methods import (
     Losses,
     cdan_losses,

@@ -2,15 +2,16 @@
 
 from collections.abc import Iterable, Mapping
 from functools import partial
-from itertools import cycle
+from itertools import cycle, islice
 from statistics import median
 
 import torch
 from torch import nn
 from torch.optim import SGD
 
-from benchmarks.common.clock import cpu_seconds
-from benchmarks.uda.data import SIZE, Task, batches
+from benchmarks.common.clock import WARM_UPS, cpu_seconds, time_rounds
+from benchmarks.common.digits import SIZE
+from benchmarks.uda.data import Task, batches
 from benchmarks.uda.methods import Losses
 from benchmarks.uda.methods.networks import build_networks
 from benchmarks.uda.methods.steps import Config, Step, make_step
@@ -22,7 +23,6 @@ from benchmarks.uda.methods.updates import (
 )
 from ghopt import gh, harmonized_loss
 
-WARM_UPS = 3
 ROUNDS = 25
 
 
@@ -55,8 +55,8 @@ def time_ratios(
 
     The plain sum is what one writes without ``ghopt``: ``(l1 + l2).backward()`` and
     bare SGD. Each update has networks of its own; in a round all make one step, on one
-    batch, one after another: what else happens on the machine reaches all. The forward
-    pass and, for MCD and DWL, the steps that are never harmonized are part of each.
+    batch. The forward pass and, for MCD and DWL, the steps that are never harmonized are
+    part of each.
 
     Args:
         task: whose batches are seen.
@@ -72,17 +72,17 @@ def time_ratios(
     config = Config(task.name, method, "sum", 0, WARM_UPS + rounds, size=size)
     stream = cycle(batches(task, config.batch_size, 8, seed=0))
     steps = [_step(config, make) for make in (plain_update, *updates.values())]
-    seconds = []
-    for _ in range(config.steps):
-        batch = next(stream)
-        # Halfway through a training: the gradient's reversal is warm.
-        seconds.append([cpu_seconds(partial(step, batch, 0.5)) for step in steps])
-    kept = seconds[WARM_UPS:]
+    # Halfway through a training: the gradient's reversal is warm.
+    calls = (
+        [partial(step, batch, 0.5) for step in steps]
+        for batch in islice(stream, config.steps)
+    )
+    seconds = [*time_rounds(calls, cpu_seconds)]
     ratios = {
-        name: median(row[place] / row[0] for row in kept)
+        name: median(row[place] / row[0] for row in seconds)
         for place, name in enumerate(updates, start=1)
     }
-    return 1000 * median(row[0] for row in kept), ratios
+    return 1000 * median(row[0] for row in seconds), ratios
 
 
 def _step(config: Config, make_update: MakeUpdate) -> Step:

@@ -6,7 +6,8 @@ from typing import TypeAlias
 
 import torch
 
-from benchmarks.uda.data import Split, Task, batches
+from benchmarks.common.digits import Split
+from benchmarks.uda.data import Task, batches
 from benchmarks.uda.methods.gramians import Row, to_rows
 from benchmarks.uda.methods.networks import Networks, build_networks
 from benchmarks.uda.methods.rules import harmonized_gramian
