@@ -204,8 +204,10 @@ class HarmonizedOptimizer(Wrapper):
         the plain sum runs, and ``last`` stays as it is.
 
         Args:
-            losses: one real scalar per task: a mapping from names, a list or other
-                iterable, or a 1-D tensor. With weights of your own already in them.
+            losses: one per task: a mapping from names, a list or other iterable, or a
+                1-D tensor. A loss is a real scalar, with weights of your own already in
+                it, or a list of scalars that are one task together, ``{"cls": [l1, l2],
+                "box": l3}``: their sum, in one pass.
             total: a scalar made of the losses, by a framework that scales or divides
                 it: each loss counts with the factor with which it enters the total.
                 Nothing else that requires grad may be in it, and no loss be computed
@@ -217,8 +219,9 @@ class HarmonizedOptimizer(Wrapper):
                 harmonized gradient can be differentiated; the weights are constant.
             accumulate_only: keep the gradients of the tasks apart, to be added to those
                 of the next call, and leave ``.grad`` alone. For all micro-batches but
-                the last: harmonizing each by itself is another algorithm. ``step``
-                harmonizes what is still kept, ``zero_grad`` of this optimizer drops it;
+                the last: harmonizing each by itself is another algorithm. With names a
+                task may be absent from a micro-batch, and adds nothing there.
+                ``finish_accumulation``, or else ``step``, harmonizes what is still kept, ``zero_grad`` of this optimizer drops it;
                 ``zero_grad`` of the model or of the base optimizer cannot.
             sync_group: average the gradients of each task over these ranks before they
                 are harmonized: a DDP model, or a list of all DDP models that the losses
@@ -227,7 +230,8 @@ class HarmonizedOptimizer(Wrapper):
                 ``accumulate_only``. The parameters of the models that are outside this
                 optimizer are averaged, too, and parameters may stand in the groups in
                 any order. DTensors whose mesh holds these ranks (FSDP2) are averaged
-                already. All ranks take the weights of the first. False: leave the
+                already. All ranks take the weights of the first. A task, by its name,
+                that some rank does not have counts as zero there. False: leave the
                 gradients of each rank as they are, on purpose.
 
         Raises:
@@ -235,8 +239,8 @@ class HarmonizedOptimizer(Wrapper):
                 ``backward_fn`` not callable, ``sync_group`` nothing of the above, or
                 the weighting returns no tensor.
             ValueError: if there is no loss, one is not a real scalar, none requires
-                grad, the tasks are not those of the micro-batches before or of the
-                other ranks, ``total`` is not made of the losses, no loss reaches a
+                grad, the tasks have no names and are not those of the micro-batches
+                before or of the other ranks, ``total`` is not made of the losses, no loss reaches a
                 (shared) parameter of this optimizer, the weighting returns anything but
                 K weights or one that the gradients' dtype cannot hold, there is no
                 process group or it is a model that cannot be used, ranks of sharded

@@ -135,6 +135,45 @@ def test_a_projected_step_of_replicas_equals_that_of_one_process(micros: int) ->
     assert_close(first, second, rtol=0, atol=0)
 
 
+def train_with_tasks_that_come_and_go(how: str) -> dict[str, Tensor]:
+    """Give each rank labels of its own: rank 0 of a and b, rank 1 of b and c."""
+    model = models.make(models.heads_on_a_trunk, 3)
+    ddp = DistributedDataParallel(model)
+    optimizer = HarmonizedOptimizer(AdamW(model.parameters(), lr=0.01))
+    mine = ("a", "b") if dist.get_rank() == 0 else ("b", "c")
+    for step in range(STEPS):
+        inputs, targets = share(*models.batch(3, step))
+        optimizer.zero_grad()
+        with ddp.no_sync():
+            losses = dict(zip("abc", ddp(inputs, targets), strict=True))
+            here = {name: losses[name] for name in mine}
+            if how == "finished":
+                optimizer.backward(here, accumulate_only=True, sync_group=ddp)
+                optimizer.finish_accumulation(sync_group=ddp)
+            else:
+                optimizer.backward(here, sync_group=ddp)
+        assert optimizer.last is not None
+        assert optimizer.last.names == ("a", "b", "c")
+        optimizer.step()
+    return weights_of(model)
+
+
+@pytest.mark.parametrize("how", ["at once", "finished"])
+def test_ranks_with_other_tasks_train_on_all_of_them(how: str) -> None:
+    model = models.make(models.heads_on_a_trunk, 3)
+    parameters = list(model.parameters())
+    base = AdamW(parameters, lr=0.01)
+    for step in range(STEPS):
+        inputs, targets = models.batch(3, step)
+        pairs = zip(inputs.chunk(2), targets.chunk(2, dim=1), strict=True)
+        (a, b, _), (_, other, c) = (model(*pair) for pair in pairs)
+        # A rank without a task counts as zero in its mean.
+        literal_step([a / 2, (b + other) / 2, c / 2], parameters, base)
+    first, second = run_on_ranks(2, train_with_tasks_that_come_and_go, how)
+    assert_close(first, weights_of(model), rtol=1e-12, atol=1e-12)
+    assert_close(second, weights_of(model), rtol=1e-12, atol=1e-12)
+
+
 def step_on_own_gradients() -> str:
     ddp, optimizer, model = ddp_step()
     optimizer.project_step = True
@@ -353,7 +392,7 @@ def means(which: str) -> list[tuple[Tensor | None, Tensor | None]]:
         if ranks[rank] is not None
     }
     speaker = Ranks(dist.group.WORLD)  # type: ignore[arg-type]  # is initialised
-    speaker.agree(["a"], parameters, [])
+    speaker.agree(["a"], parameters, [], listed=False)
     speaker.average(mine)()
     expected = [
         None
@@ -561,7 +600,7 @@ def test_a_step_does_not_harmonize_what_ranks_would_have_to_average(group: Any) 
     literal = HarmonizedOptimizer(SGD(model.parameters(), lr=0.1))
     literal.backward([2 * loss for loss in model(*models.batch(2))])
     for error, grads in run_on_ranks(2, late_step, group):
-        assert "without accumulate_only, with sync_group" in error
+        assert "finish_accumulation(), with sync_group" in error
         assert_close(grads, grads_of(model), rtol=1e-12, atol=1e-12)
 
 
@@ -610,7 +649,7 @@ def test_a_single_pass_that_was_accumulated_is_local_too(
     measure_every: int, tasks: int
 ) -> None:
     for error in run_on_ranks(2, late_reused_step, measure_every, tasks):
-        assert "without accumulate_only, with sync_group" in error
+        assert "finish_accumulation(), with sync_group" in error
 
 
 def late_step_of_one_rank() -> None:
@@ -885,7 +924,7 @@ def disagreeing(about: str) -> str:
         losses = ddp(*models.batch(2))
         given = {
             "number": losses[:1] if odd else losses,
-            "names": {"a": losses[0], "c" if odd else "b": losses[1]},
+            "names and places": {"a": losses[0], "b": losses[1]} if odd else losses,
             "parameters": losses,
             "no losses": [] if odd else losses,
             "no tensor": [losses[0], 1.0] if odd else losses,
@@ -903,8 +942,9 @@ def disagreeing(about: str) -> str:
 def test_ranks_that_disagree_on_the_tasks_are_told_what_each_of_them_has() -> None:
     for error in run_on_ranks(2, disagreeing, "number"):
         assert "same tasks, got ['0', '1'] on rank 0; ['0'] on rank 1" in error
-    for error in run_on_ranks(2, disagreeing, "names"):
-        assert "same tasks, got ['a', 'b'] on rank 0; ['a', 'c'] on rank 1" in error
+        assert "give them names, {name: loss}" in error
+    for error in run_on_ranks(2, disagreeing, "names and places"):
+        assert "same tasks, got ['0', '1'] on rank 0; ['a', 'b'] on rank 1" in error
 
 
 def test_ranks_that_disagree_on_the_parameters_are_named() -> None:

@@ -105,7 +105,26 @@ BAD: dict[str, tuple[Callable[[list[Tensor]], Any], type[Exception], str]] = {
         TypeError,
         "losses.*'1'.*float",
     ),
-    "list in a list": (lambda losses: [losses], TypeError, "losses.*'0'.*list"),
+    "list in a list in a list": (
+        lambda losses: [[losses], losses],
+        TypeError,
+        "losses.*'0'.*list",
+    ),
+    "group of a name": (
+        lambda losses: [losses, ["ab", losses[1]]],
+        TypeError,
+        r"losses\['1'\]\[0\] must be a tensor, got .*str",
+    ),
+    "group of a vector": (
+        lambda losses: [[losses[0], losses[1].expand(3)], losses[1]],
+        ValueError,
+        r"losses\['0'\]\[1\] must be a real scalar, got shape \[3\]",
+    ),
+    "group of nothing": (
+        lambda losses: [losses[0], []],
+        ValueError,
+        r"losses\['1'\] must hold at least one loss",
+    ),
     "name": (lambda _: "ab", TypeError, "losses.*'0'.*str"),
     "vector": (
         lambda losses: [losses[0], losses[1].expand(3)],
