@@ -281,7 +281,7 @@ def run(
                 accumulation.keep(stored, sums)
                 accumulation.is_weighed = reused is not None
                 accumulation.is_local |= is_local
-                accumulation.is_listed = listed
+                accumulation.is_listed |= listed
             else:
                 put_back(roles.own, grads, {**added, **sums})
                 accumulation.forget()

@@ -189,9 +189,9 @@ def is_degenerate(rows: Tensor) -> bool:
 
 def added(pending: Gradients, passes: Gradients, measured: list[str]) -> Gradients:
     """Add the measured gradients of these passes to the pending ones."""
-    collected: Gradients = {}
+    collected: Gradients = {task: dict(kept) for task, kept in pending.items()}
     for task, gradients in passes.items():
-        collected[task] = dict(pending.get(task, {}))
+        collected.setdefault(task, {})
         for name in gradients.keys() & measured:
             before = collected[task].get(name, torch.zeros(()))
             collected[task][name] = before + gradients[name]
@@ -208,6 +208,7 @@ class Literal:
     shared: tuple[str, ...] | None
     pending: Gradients = field(default_factory=dict)
     sums: dict[str, Tensor] = field(default_factory=dict)
+    listed: bool = False
     rows: Tensor | None = None
     tasks: tuple[str, ...] = ()
 
@@ -271,9 +272,17 @@ class Literal:
         if weighs_nothing := self.weighs_nothing():
             call.check(self.model)
             losses = {f"weighted sum of {sorted(losses)}": sum_of(losses)}
-        if self.pending and self.pending.keys() != losses.keys():
+        # Tasks with names may come and go.
+        listed = call.as_list or self.listed or any("sum" in t for t in self.pending)
+        if self.pending and self.pending.keys() != losses.keys() and listed:
             raise ValueError
         call.check(self.model)
+        losses = {
+            task: losses[task]
+            for task in dict.fromkeys([*self.pending, *losses])
+            if task in losses
+        }
+        was_listed = self.listed
         own, measured = self.own(), self.measured()
         pending, sums = self.pending, self.sums
         self.drop()
@@ -293,6 +302,7 @@ class Literal:
             raise ValueError
         if call.accumulate_only:
             self.pending, self.sums = collected, sums
+            self.listed = was_listed or (call.as_list and not weighs_nothing)
             return
         if weighs_nothing:
             (alone,) = collected.values()
@@ -319,7 +329,7 @@ class Literal:
 
     def drop(self) -> None:
         """Drop a started accumulation."""
-        self.pending, self.sums = {}, {}
+        self.pending, self.sums, self.listed = {}, {}, False
 
     def step(self) -> None:
         if self.pending:
