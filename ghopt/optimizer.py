@@ -77,7 +77,8 @@ class HarmonizedOptimizer(Wrapper):
             With any base and any weighting. Before the step the momentum is projected
             (``exp_avg`` or ``momentum_buffer`` in ``state``, taken for an average of
             gradients; see ``ghopt.change``); after it, the change of the parameters,
-            decoupled weight decay included. What is left opposes no task by more than
+            decoupled weight decay included (to leave that out changed nothing that shows,
+            in three trainings with AdamW and a decay of 0.1 and of 1). What is left opposes no task by more than
             1e-6 of the lengths (3.6e-5 where gradients are nearly dependent, see
             ``gh_coefficients``), beside the rounding of the parameters to their dtype.
 

@@ -296,12 +296,12 @@ def _multipliers(matrix: Tensor, moved: list[int], kept: list[int]) -> Tensor:
     products = _picked(_picked(matrix, moved).mT, kept).mT
     if not kept:
         return products
-    own = _picked(_picked(identity(matrix), moved).mT, kept).mT > 0
     if len(kept) == 1:
-        # Eq. 29 with one constraint.
+        # Eq. 29 with one constraint: exact, and without a solver.
         square = matrix.diagonal()[kept[0]]
-        return (products.neg().clamp(min=0) / square).masked_fill(own, 0)
+        return products.neg().clamp(min=0) / square
     system = _picked(_picked(matrix, kept).mT, kept).mT
+    own = _picked(_picked(identity(matrix), moved).mT, kept).mT > 0
     return cone_multipliers(system, products, own)
 
 
