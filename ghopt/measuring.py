@@ -6,6 +6,7 @@ The Gramian itself is made in ``gradients/products.py``.
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -27,11 +28,13 @@ class Harmonization:
         gramian: inner products of the task gradients before harmonization, over the
             shared parameters, shape ``[K, K]``, float64.
         weights: of the task gradients in the update (tau), shape ``[K]``, float64.
+        rule: name of the weighting, "" if unknown.
     """
 
     names: tuple[str, ...]
     gramian: Tensor
     weights: Tensor
+    rule: str = ""
 
     @property
     def cosines(self) -> Tensor:
@@ -71,6 +74,13 @@ def check_weighting(weighting: object) -> None:
             f"weighting must map a Gramian to weights, got the aggregator {name}(): pass "
             f"{cure}"
         )
+
+
+def name_of(weighting: Weighting) -> str:
+    """Name a weighting: a function, a part of one, or an object."""
+    while isinstance(weighting, partial):
+        weighting = weighting.func
+    return getattr(weighting, "__name__", type(weighting).__name__)
 
 
 def weigh(weighting: Weighting, gramian: Tensor) -> Tensor:
@@ -120,7 +130,7 @@ def measured(
     """
     gramian = gradients.gramian()
     weights = ranks.first_weights(weigh(weighting, gramian))
-    return Harmonization(tuple(names), gramian, weights)
+    return Harmonization(tuple(names), gramian, weights, name_of(weighting))
 
 
 def harmonized_loss(

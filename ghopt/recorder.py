@@ -168,6 +168,7 @@ class Recorder:
                 found.weights,
                 rate,
                 dict(layers or {}),
+                rule=found.rule,
             )
         )
         self.count += 1

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations, groupby
+from itertools import combinations, compress, groupby
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -53,6 +53,7 @@ class Recording:
         step_cosines: cosines of these, ``[n, K]``.
         step_limits: cosines above which more than the rounding of the parameters opposed a
             task, ``[n, K]``.
+        rules: names of the weightings, n of them, "" where unknown.
     """
 
     names: tuple[str, ...]
@@ -65,6 +66,7 @@ class Recording:
     step_slopes: Tensor
     step_cosines: Tensor
     step_limits: Tensor
+    rules: tuple[str, ...]
 
     def __len__(self) -> int:
         """Number of steps."""
@@ -166,6 +168,7 @@ class Recording:
             step_slopes=self.step_slopes[chosen],
             step_cosines=self.step_cosines[chosen],
             step_limits=self.step_limits[chosen],
+            rules=tuple(compress(self.rules, chosen.tolist())),
         )
 
     def update_cosines(self, weights: Tensor) -> Tensor:
@@ -287,6 +290,7 @@ class Recording:
                 "gramian": _finite(self.gramians[row][present][:, present].tolist()),
                 "weights": _finite(self.weights[row][present].tolist()),
                 "lr": _finite(self.rates[row].item()),
+                "rule": self.rules[row],
                 **self._step_of(row),
                 "layers": {
                     name: _finite(products.tolist())
@@ -326,6 +330,7 @@ class Step(NamedTuple):
         rate: learning rate.
         layers: the Gramian over each layer.
         change: slopes, cosines and limits of the step taken, ``[3, K]``, if recorded.
+        rule: name of the weighting.
     """
 
     number: int
@@ -335,6 +340,7 @@ class Step(NamedTuple):
     rate: Tensor | float
     layers: dict[str, Tensor]
     change: Tensor | None = None
+    rule: str = ""
 
 
 def assemble(steps: Sequence[Step]) -> Recording:
@@ -380,6 +386,7 @@ def assemble(steps: Sequence[Step]) -> Recording:
         step_limits=torch.cat(
             [_spread(part.step_limits, part.names, names) for part in parts]
         ),
+        rules=tuple(step.rule for step in steps),
     )
 
 
@@ -416,6 +423,7 @@ def _stack(steps: list[Step]) -> Recording:
         step_slopes=changes[:, 0],
         step_cosines=changes[:, 1],
         step_limits=changes[:, 2],
+        rules=tuple(step.rule for step in steps),
     )
 
 
@@ -447,6 +455,7 @@ def _read(line: dict[str, Any]) -> Step:
         _tensor(line["lr"]),
         {name: _tensor(rows, tasks, tasks) for name, rows in line["layers"].items()},
         _tensor(line["change"], 3, tasks) if "change" in line else None,
+        str(line.get("rule", "")),
     )
 
 

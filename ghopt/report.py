@@ -6,6 +6,7 @@ Needs matplotlib, extra ``[plot]``. The page holds all it shows, and no script.
 import argparse
 import base64
 import io
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ghopt.geometry import plain_sum
 from ghopt.plots import new_figure, plots_of
 from ghopt.recording import Recording
 
@@ -27,6 +29,9 @@ RIGHT = 0.05
 
 UNEVEN = 10.0
 """Ratio of norms from which on the sum is for the longer gradient alone."""
+
+OPPOSED_BY_DESIGN = -0.95
+"""Median cosine below which two tasks want the opposite, if they nearly always do."""
 
 _MOST_ROWS = 30
 
@@ -159,8 +164,9 @@ def _judge_finite(recording: Recording) -> Verdict:
         *_about_layers(recording),
         *_about_silent_tasks(recording),
     ]
-    advice = [*_advice(count, pairs, any_pair, opposed), *_advice_on_steps(recording)]
-    return Verdict(findings, advice)
+    trade_offs = [*_about_trade_offs(count, pairs)]
+    advice = trade_offs or [*_advice(recording, pairs, any_pair, opposed)]
+    return Verdict(findings, [*advice, *_advice_on_steps(recording)])
 
 
 def _about_steps(recording: Recording) -> Iterator[str]:
@@ -171,6 +177,20 @@ def _about_steps(recording: Recording) -> Iterator[str]:
             f"What the optimizer made of it, the step taken, worked against a task in "
             f"{_percent(against)} of {len(seen)} steps."
         )
+
+
+def _about_trade_offs(count: int, pairs: Sequence[Pair]) -> Iterator[str]:
+    for pair in pairs if count >= FEWEST_STEPS else ():
+        if pair.share > 1 - RARELY and pair.cosine < OPPOSED_BY_DESIGN:
+            one, other = pair.names
+            yield (
+                f"A trade-off, not a conflict: {_both(pair)} want the opposite in "
+                f"{_percent(pair.share)} of their steps, nearly exactly (median cosine "
+                f"{pair.cosine:.2f}), as a loss and its penalty do, or the reconstruction "
+                "and the KL term of a VAE. A weighting would change what you trade: leave "
+                f'them as they are, in one loss, or protect one: protect=("{one}",) or '
+                f'("{other}",).'
+            )
 
 
 def _about_pairs(pairs: Sequence[Pair]) -> Iterator[str]:
@@ -184,6 +204,10 @@ def _about_pairs(pairs: Sequence[Pair]) -> Iterator[str]:
 
 def _about_layers(recording: Recording) -> Iterator[str]:
     shares = recording.layer_shares
+    if len(shares) > 1 and len(set(shares.values())) == 1:
+        (share,) = set(shares.values())
+        yield f"No layer stands out: each has a pair in conflict in {_percent(share)}."
+        return
     name, most = max(shares.items(), key=lambda one: one[1], default=("", 0.0))
     if most:
         yield (
@@ -233,8 +257,9 @@ def pairs_of(recording: Recording) -> list[Pair]:
 
 
 def _advice(
-    count: int, pairs: Sequence[Pair], any_pair: float, opposed: float
+    recording: Recording, pairs: Sequence[Pair], any_pair: float, opposed: float
 ) -> Iterator[str]:
+    count = len(recording)
     if count < FEWEST_STEPS:
         yield (
             f"{count} steps are too few to conclude anything: record {FEWEST_STEPS} or "
@@ -263,6 +288,12 @@ def _advice(
             f"The conflicts are weak: even the strongest pair is near a right angle "
             f"(median cosine {strongest:.2f}). Gradients of unrelated tasks look like "
             "that, obtuse half of the time by nature. A weighting will change little."
+        )
+    elif opposed >= RARELY and (rule := _rule_of(recording)):
+        yield (
+            f'Recorded was a training with "{rule}", which met a sum that works against a '
+            f"task in {_percent(opposed)} of its steps. Whether that helps, only the same "
+            "training with plain_sum can tell, at a few loss weights and over several seeds."
         )
     elif opposed >= OFTEN:
         yield (
@@ -294,6 +325,13 @@ def _advice_on_steps(recording: Recording) -> Iterator[str]:
             "old directions on. Try HarmonizedOptimizer(..., project_step=True), which "
             "leaves no step that opposes a task, and compare over several seeds."
         )
+
+
+def _rule_of(recording: Recording) -> str:
+    """Name the rule that most steps were weighed by; "" for the sum, or if unknown."""
+    rule, _ = Counter(recording.rules).most_common(1)[0]
+    weighed = bool((recording.weights.nan_to_num(1) != 1).any())
+    return rule if weighed and rule != plain_sum.__name__ else ""
 
 
 def _finite(recording: Recording) -> Recording:

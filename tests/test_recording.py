@@ -8,6 +8,7 @@ import math
 import pickle
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import ExponentialLR
 from torch.testing import assert_close
+from torchjd.aggregation import PCGradWeighting
 
 from benchmarks.common.watch import watch
 from ghopt import (
@@ -565,6 +567,30 @@ def test_measuring_over_nothing_that_a_loss_reaches_is_refused() -> None:
         measure(losses_of(model), [nn.Parameter(torch.ones(2))])
     with pytest.raises(ValueError, match="losses must hold at least one"):
         measure([], model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("weighting", "name"),
+    [
+        (gh, "gh"),
+        (partial(ghpp, lam=0.3), "ghpp"),
+        (PCGradWeighting(), "PCGradWeighting"),
+    ],
+)
+def test_it_keeps_the_name_of_the_rule(
+    weighting: Callable[[Tensor], Tensor], name: str, tmp_path: Path
+) -> None:
+    model = models.make(models.heads_on_a_trunk, 2)
+    optimizer = HarmonizedOptimizer(SGD(model.parameters(), RATE), weighting)
+    recorder = Recorder()
+    recorder.attach(optimizer)
+    train(optimizer, model, 2)
+    recorder.record(found([1.0, 0.0], [0.0, 1.0]))  # by hand, of no rule
+    recording = recorder.flush()
+    assert recording.rules == (name, name, "")
+    assert recording.where(torch.tensor([False, True, True])).rules == (name, "")
+    recording.to_jsonl(tmp_path / "run.jsonl")
+    assert Recording.from_jsonl(tmp_path / "run.jsonl").rules == recording.rules
 
 
 # The step taken.

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,45 @@ def test_steps_are_not_blamed_where_the_gradients_oppose_as_often() -> None:
         recorder.record(Harmonization(("a", "b"), products, weights))
     cosines = torch.full((MANY, 2), 0.1, dtype=torch.float64)
     assert "project_step" not in said(with_steps(recorder.flush(), cosines))
+
+
+def ruled(recording: Recording, rule: str) -> Recording:
+    return replace(recording, rules=(rule,) * len(recording))
+
+
+def test_a_training_with_a_rule_is_not_told_to_begin_with_it() -> None:
+    steps = [pair(-0.8, ratio=2)] * 60 + [pair(0.5)] * 60
+    text = said(ruled(recording_of(*steps), "gh"))
+    assert "Begin with ghopt.gh" not in text
+    assert 'Recorded was a training with "gh"' in text
+    assert "only the same training with plain_sum can tell" in text
+    # What was summed, or is not known, is advised as ever.
+    for rule in ("", "plain_sum"):
+        assert "Begin with ghopt.gh" in said(ruled(recording_of(*steps), rule))
+
+
+def test_tasks_opposed_by_design_are_a_trade_off() -> None:
+    names = ("reconstruction", "divergence")
+    text = said(recording_of(*[pair(-0.99, ratio=2)] * MANY, names=names))
+    assert 'A trade-off, not a conflict: "reconstruction" and "divergence"' in text
+    assert 'protect=("reconstruction",)' in text
+    assert "worth trying" not in text
+    # Not where they agree now and then, nor where the angle is less than straight.
+    often = [pair(-0.99)] * 110 + [pair(0.5)] * 10
+    assert "A trade-off" not in said(recording_of(*often))
+    assert "A trade-off" not in said(recording_of(*[pair(-0.8)] * MANY))
+    assert "A trade-off" not in said(recording_of(*[pair(-0.99)] * 10))
+
+
+def test_no_layer_is_called_worst_where_all_tie() -> None:
+    recorder = Recorder()
+    products = recording_of(pair(-0.5)).gramians[0]
+    for _ in range(MANY):
+        layers = {"one": products, "other": products}
+        recorder.record(step_of(products, ("a", "b")), layers=layers)
+    text = said(recorder.flush())
+    assert "No layer stands out: each has a pair in conflict in 100%." in text
+    assert "most often" not in text.split("No layer")[1]
 
 
 def test_tasks_that_agree_need_no_weighting() -> None:
