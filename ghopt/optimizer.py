@@ -43,6 +43,9 @@ class HarmonizedOptimizer(Wrapper):
     >>> optimizer.backward([out.square().mean(), (out - 1).abs().mean()])
     >>> optimizer.step()
 
+    Not for losses that are opposed by design, as a loss and its penalty, or the
+    reconstruction and the KL term of a VAE: make them one task, ``{"elbo": [a, b]}``.
+
     Everything else is the base optimizer's: groups, state, schedulers, checkpoints. Use
     this object, not the base, for ``GradScaler.unscale_`` and ``GradScaler.step``.
 
