@@ -27,7 +27,8 @@ pytest.importorskip("triton", reason="the kernels need the extra [triton]")
 import triton
 import triton.language as tl
 
-from ghopt.gradients import kernels, products
+from ghopt.gradients import entries as sorting
+from ghopt.gradients import kernels
 from tests import rows as arithmetic
 
 Parameters = list[dict[int, Tensor]]
@@ -606,7 +607,7 @@ def test_the_engine_gives_the_same_with_and_without_kernels(
 
         monkeypatch.setattr(kernels, name, noted)
     for fused in [False, True]:
-        monkeypatch.setattr(products, "_on_gpu", lambda _, fused=fused: fused)
+        monkeypatch.setattr(sorting, "_on_gpu", lambda _, fused=fused: fused)
         rows = [of_many_kinds(task) for task in range(tasks)]
         found = arithmetic.gramian(rows)
         summed = arithmetic.combine(rows, weights)

@@ -184,11 +184,11 @@ class DeferredGradients:
         self._layers = layers
         self._tasks = tasks
 
-    @torch.no_grad()
     def __bool__(self) -> bool:
         """Say whether a task reaches a parameter: there is none without a layer."""
         return bool(self._layers)
 
+    @torch.no_grad()
     def gramian(self, over: Iterable[Tensor] | None = None) -> Tensor:
         """See :meth:`ghopt.gradients.TaskGradients.gramian`."""
         wanted = None if over is None else set(over)

@@ -339,8 +339,8 @@ def test_the_values_of_micro_batches_are_told_apart_by_name() -> None:
     a, b = (loss.detach() for loss in model(*data))
     value: Any = optimizer.step(closure)
     assert optimizer.last is not None
-    assert optimizer.last.names == ("b", "a")
-    assert_close(value, 2 * (optimizer.last.weights @ torch.stack([b, a])))
+    assert optimizer.last.names == ("a", "b")
+    assert_close(value, 2 * (optimizer.last.weights @ torch.stack([a, b])))
 
 
 def test_an_accumulation_of_tasks_is_ended_as_one_though_weights_are_held() -> None:
