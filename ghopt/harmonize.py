@@ -328,9 +328,8 @@ def finish(
             end()
         if is_weighed:
             found, added = None, stored[names[0]]
-            ranks.first_weights(
-                _nothing_of(stored)
-            )  # the last message that ranks expect
+            # The last message that the ranks expect.
+            ranks.first_weights(_nothing_of(stored))
         else:
             found, added = weigh_and_combine(
                 stored, names, weighting, options, ranks, hooks

@@ -16,6 +16,7 @@ from torch.optim import SGD, Optimizer
 from torch.testing import assert_close
 
 from ghopt import Change, HarmonizedOptimizer, gh, plain_sum
+from ghopt.stepping import is_zero
 from tests import models
 from tests.bases import SAM
 from tests.literal import (
@@ -625,6 +626,48 @@ def test_a_base_that_keeps_something_else_under_the_name_keeps_it() -> None:
         ends.append([weight.detach(), base.state[weight]["momentum_buffer"]])
     for free, projected in zip(*ends, strict=True):
         assert projected.equal(free)
+
+
+def test_parameters_of_any_form_are_projected() -> None:
+    """Empty, without a dimension, and spread in memory."""
+    memory = torch.ones(6, 4, dtype=torch.float64)
+    weights = [
+        nn.Parameter(torch.ones(0, 3, dtype=torch.float64)),
+        nn.Parameter(torch.tensor(2.0, dtype=torch.float64)),
+        nn.Parameter(memory[::2, ::2]),
+    ]
+    optimizer = HarmonizedOptimizer(SGD(weights, lr=0.1), plain_sum, project_step=True)
+    empty, number, spread = weights
+    before = flat(weights)
+    losses = [
+        number + spread.sum() + empty.sum(),
+        -3 * number - 2 * spread.sum() + spread[0, 0],
+    ]
+    jacobian = literal_gradients(losses, weights)
+    optimizer.backward(losses)
+    optimizer.step()
+    change = flat(weights) - before
+    assert change.norm() > 0
+    assert opposed(jacobian, change, float(change.norm())).max() <= 1e-6
+    assert memory[1::2].eq(1).all()  # what lies between belongs to others
+
+
+def test_a_rate_on_a_device_is_not_read() -> None:
+    assert not is_zero(torch.zeros((), device="meta"))
+    assert is_zero(torch.zeros(()))
+    assert is_zero(0)
+    assert not is_zero(1e-9)
+
+
+def test_a_closure_may_reach_nothing_that_moves() -> None:
+    still, moved = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    groups: list[dict[str, Any]] = [{"params": [still], "lr": 0.0}, {"params": [moved]}]
+    optimizer = HarmonizedOptimizer(SGD(groups, lr=0.1), project_step=True)
+    seen: list[Change] = []
+    optimizer.register_change_hook(seen.append)
+    optimizer.step(lambda: [still.sum(), -still.square().sum()])
+    assert still.eq(1).all()
+    assert not seen
 
 
 @pytest.mark.parametrize("how", ["a rate of 0", "no gradient", "frozen"])

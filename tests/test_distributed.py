@@ -174,6 +174,39 @@ def test_ranks_with_other_tasks_train_on_all_of_them(how: str) -> None:
     assert_close(second, weights_of(model), rtol=1e-12, atol=1e-12)
 
 
+def finished_over_ranks(measure_every: int) -> list[Tensor | None]:
+    """Finish late with a model of which the optimizer has the trunk alone."""
+    model = models.make(models.heads_on_a_trunk, 2)
+    ddp = DistributedDataParallel(model)
+    base = SGD(model.trunk.parameters(), lr=0.1)
+    optimizer = HarmonizedOptimizer(base, measure_every=measure_every)
+    optimizer.finish_accumulation(sync_group=ddp)  # nothing is pending on any rank
+    for step in range(2):
+        model.zero_grad()
+        optimizer.zero_grad()
+        with ddp.no_sync():
+            losses = ddp(*share(*models.batch(2, step)))
+            optimizer.backward(losses, accumulate_only=True, sync_group=ddp)
+            optimizer.finish_accumulation(sync_group=ddp)
+    return grads_of(model)
+
+
+@pytest.mark.parametrize("measure_every", [1, 3])
+def test_finishing_late_averages_what_is_outside_the_optimizer_too(
+    measure_every: int,
+) -> None:
+    model = models.make(models.heads_on_a_trunk, 2)
+    base = SGD(model.trunk.parameters(), lr=0.1)
+    optimizer = HarmonizedOptimizer(base, measure_every=measure_every)
+    for step in range(2):
+        model.zero_grad()
+        optimizer.zero_grad()
+        optimizer.backward(model(*models.batch(2, step)), accumulate_only=True)
+        optimizer.finish_accumulation()
+    for grads in run_on_ranks(2, finished_over_ranks, measure_every):
+        assert_close(grads, grads_of(model), rtol=1e-12, atol=1e-12)
+
+
 def step_on_own_gradients() -> str:
     ddp, optimizer, model = ddp_step()
     optimizer.project_step = True

@@ -713,6 +713,24 @@ def test_what_rounding_did_is_not_called_opposed() -> None:
     assert (recording.step_limits < 0.1).all()
 
 
+def test_steps_of_two_optimizers_find_their_own_lines() -> None:
+    made = [models.make(models.heads_on_a_trunk, 2, seed) for seed in range(2)]
+    recorder = Recorder()
+    optimizers = [adam(model) for model in made]
+    for optimizer in optimizers:
+        recorder.attach(optimizer, step=True)
+    slopes = []
+    for model, optimizer in zip(made, optimizers, strict=True):
+        optimizer.backward(losses_of(model))
+    for model, optimizer in zip(made, optimizers, strict=True):
+        jacobian = literal_rows(losses_of(model), [*model.parameters()])
+        before = flat(model)
+        optimizer.step()
+        slopes.append(jacobian @ (flat(model) - before))
+    found = recorder.flush().step_slopes
+    assert_close(found, torch.stack(slopes), rtol=1e-9, atol=1e-12)
+
+
 def test_a_flush_before_the_step_leaves_it_out() -> None:
     model = models.make(models.heads_on_a_trunk, 2)
     optimizer = adam(model)
