@@ -32,6 +32,9 @@ from benchmarks.mtl.tuning import (
 STORE = Path(__file__).with_suffix(".jsonl")
 CHOOSING, COMPARING = range(4), range(200, 210)
 
+CONTROLS = ("sum", "sum, projected on itself", "sum, K times the steps")
+"""With which every contender is compared."""
+
 NOTES = f"""\
 Rates are times the problem's, weights those of {{tasks}}.
 best: the cell with the best mean over seeds {CHOOSING.start} to {CHOOSING.stop - 1}.
@@ -125,7 +128,7 @@ def _comparison(known: Mapping[str, Run], problem: str, cells: Sequence[Cell]) -
         figures = values(known, problem, name, cell, COMPARING) if cell else []
         if cell and len(figures) == len(COMPARING):
             found[name], best[name] = figures, cell
-    against = [name for name in ("sum", "sum, projected on itself") if name in found]
+    against = [name for name in CONTROLS if name in found]
     rows = [
         ["contender", "best", "figure", *(f"minus {one}" for one in against), "passes"]
     ]
