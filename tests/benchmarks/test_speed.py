@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Callable
 from functools import partial
-from itertools import chain, pairwise
+from itertools import chain, cycle, pairwise
 from pathlib import Path
 
 import pytest
