@@ -266,15 +266,7 @@ def _advice(
             "more, over a whole epoch if possible."
         )
         return
-    uneven = max(pairs, key=lambda pair: pair.ratio)
-    if uneven.ratio >= UNEVEN:
-        one, other = uneven.names
-        yield (
-            f'Scale the losses first: the gradients of "{one}" are typically '
-            f'{uneven.ratio:.0f} times as long as those of "{other}", so their sum is '
-            f'for "{one}" almost alone. Try a smaller factor on the loss of "{one}", or '
-            f'a larger one on that of "{other}", and record again.'
-        )
+    yield from _advice_on_lengths(pairs)
     if any_pair < RARELY:
         yield (
             "The tasks agree. A weighting would leave almost every step as it is; there "
@@ -310,6 +302,18 @@ def _advice(
         yield (
             "Tasks are in conflict, but their sum seldom works against one: what a "
             "weighting changes is how fast each of them goes. Expect little."
+        )
+
+
+def _advice_on_lengths(pairs: Sequence[Pair]) -> Iterator[str]:
+    uneven = max(pairs, key=lambda pair: pair.ratio)
+    if uneven.ratio >= UNEVEN:
+        one, other = uneven.names
+        yield (
+            f'Scale the losses first: the gradients of "{one}" are typically '
+            f'{uneven.ratio:.0f} times as long as those of "{other}", so their sum is '
+            f'for "{one}" almost alone. Try a smaller factor on the loss of "{one}", or '
+            f'a larger one on that of "{other}", and record again.'
         )
 
 
