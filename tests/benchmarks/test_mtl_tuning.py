@@ -200,3 +200,20 @@ def test_the_stored_runs_are_those_that_the_command_would_train() -> None:
         cell = Cell(run.rate, run.weight)
         order = Order(run.problem, run.contender, cell, run.seed)
         assert (order.key, order.steps) == (run.key, run.steps)
+
+
+@pytest.mark.parametrize(
+    ("problem", "weights"),
+    [
+        ("poisson", (1, 10)),
+        ("heat", (1, 10)),
+        ("helmholtz", (1, 10)),
+        ("detection-plain", (1, 4)),
+    ],
+)
+def test_the_page_has_what_the_command_shows_of_the_stored_runs(
+    problem: str, weights: tuple[int, int]
+) -> None:
+    page = Path(command.__file__).with_name("README.md").read_text()
+    cells = [Cell(rate, weight) for rate in (1, 4) for weight in weights]
+    assert format_problem(read_runs(STORE, Run), problem, cells) in page
