@@ -1,5 +1,6 @@
 """Exact Gradient Harmonization (GH, GH++) for multi-task training with PyTorch."""
 
+from ghopt.accumulation import Accumulation
 from ghopt.change import Change
 from ghopt.geometry import (
     Weighting,
@@ -14,7 +15,7 @@ from ghopt.geometry import (
     ghpp_printed_coefficients,
     plain_sum,
 )
-from ghopt.harmonize import Accumulation, backward
+from ghopt.harmonize import backward
 from ghopt.measuring import Harmonization, harmonized_loss
 from ghopt.optimizer import HarmonizedOptimizer
 from ghopt.recorder import Recorder, measure

@@ -10,8 +10,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from ghopt.accumulation import Accumulation
 from ghopt.gradients import StoredGradients
-from ghopt.harmonize import Accumulation, Outcome
+from ghopt.harmonize import Outcome
 from ghopt.losses import weighted_sum
 from ghopt.measuring import Harmonization
 from ghopt.ranks import Replicas
