@@ -17,11 +17,12 @@ from torch.utils.hooks import RemovableHandle
 
 from ghopt.change import Change
 from ghopt.geometry import Weighting, gh
+from ghopt.lines import Step
 from ghopt.losses import Losses, named_losses, warn_of_many
 from ghopt.measuring import GramianOf, Harmonization, measured
 from ghopt.optimizer import HarmonizedOptimizer
 from ghopt.passes import taken
-from ghopt.recording import Recording, Step, assemble
+from ghopt.recording import Recording, assemble
 
 Layers: TypeAlias = nn.Module | Mapping[str, Iterable[Tensor]]
 """Groups of parameters by name; of a module, each of its modules with its own ones."""

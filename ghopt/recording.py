@@ -6,18 +6,18 @@ on it.
 """
 
 import csv
-import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, compress, groupby
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ghopt.geometry import cosines
+from ghopt.lines import Step, append_lines, read_steps
 
 
 class Logger(Protocol):
@@ -236,11 +236,7 @@ class Recording:
         with its recorder goes on in the same file. Another training is for another file.
         What is not finite is written as null, and comes back as NaN.
         """
-        _drop_unfinished(Path(path))
-        with Path(path).open("a") as file:
-            file.writelines(
-                f"{json.dumps(line, allow_nan=False)}\n" for line in self._lines()
-            )
+        append_lines(self._as_steps(), Path(path))
 
     @classmethod
     def from_jsonl(cls, path: str | Path) -> "Recording":
@@ -253,19 +249,7 @@ class Recording:
         Raises:
             ValueError: if a line is not one of a recording.
         """
-        steps: list[Step] = []
-        for number, line in enumerate(Path(path).read_text().split("\n")[:-1], 1):
-            try:
-                step = _read(json.loads(line))
-                while steps and steps[-1].number >= step.number:
-                    steps.pop()
-                steps.append(step)
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(
-                    f"path must be of a recording, got {path} with {error!r} in its line "
-                    f"{number}"
-                ) from error
-        return assemble(steps)
+        return assemble(read_steps(Path(path)))
 
     def _by_task(self) -> dict[str, Tensor]:
         found = {
@@ -278,34 +262,28 @@ class Recording:
             found |= {"step_slope": self.step_slopes, "step_cosine": self.step_cosines}
         return found
 
-    def _lines(self) -> Iterator[dict[str, Any]]:
+    def _as_steps(self) -> Iterator[Step]:
+        """Take the steps apart again, each with the tasks that it had."""
+        change = torch.stack([self.step_slopes, self.step_cosines, self.step_limits])
         for row, present in enumerate(self.present):
-            layers = {
+            over = {
                 name: products[row][present][:, present]
                 for name, products in self.layers.items()
             }
-            yield {
-                "step": int(self.steps[row]),
-                "names": [self.names[k] for k in present.nonzero().flatten().tolist()],
-                "gramian": _finite(self.gramians[row][present][:, present].tolist()),
-                "weights": _finite(self.weights[row][present].tolist()),
-                "lr": _finite(self.rates[row].item()),
-                "rule": self.rules[row],
-                **self._step_of(row),
-                "layers": {
-                    name: _finite(products.tolist())
-                    for name, products in layers.items()
-                    if not products.isnan().all()
+            yield Step(
+                int(self.steps[row]),
+                tuple(compress(self.names, present.tolist())),
+                self.gramians[row][present][:, present],
+                self.weights[row][present],
+                self.rates[row],
+                {
+                    name: found
+                    for name, found in over.items()
+                    if not found.isnan().all()
                 },
-            }
-
-    def _step_of(self, row: int) -> dict[str, Any]:
-        """Give what a file keeps of the step taken, if it was recorded."""
-        if not self.has_steps[row]:
-            return {}
-        mine = self.present[row]
-        rows = (self.step_slopes, self.step_cosines, self.step_limits)
-        return {"change": [_finite(values[row][mine].tolist()) for values in rows]}
+                change[:, row][:, present] if self.has_steps[row] else None,
+                self.rules[row],
+            )
 
     def _times(self, weights: Tensor) -> Tensor:
         """Multiply the Gramians by ``[n, K]``; a task without part adds nothing."""
@@ -317,30 +295,6 @@ class Recording:
 def _share_below_zero(products: Tensor) -> float:
     known = products[~products.isnan()]
     return float((known < 0).double().mean()) if len(known) else 0.0
-
-
-class Step(NamedTuple):
-    """What is kept of one step, the tensors where they are.
-
-    Attributes:
-        number: of the step.
-        names: of the tasks.
-        gramian: of their gradients, ``[K, K]``.
-        weights: ``[K]``.
-        rate: learning rate.
-        layers: the Gramian over each layer.
-        change: slopes, cosines and limits of the step taken, ``[3, K]``, if recorded.
-        rule: name of the weighting.
-    """
-
-    number: int
-    names: tuple[str, ...]
-    gramian: Tensor
-    weights: Tensor
-    rate: Tensor | float
-    layers: dict[str, Tensor]
-    change: Tensor | None = None
-    rule: str = ""
 
 
 def assemble(steps: Sequence[Step]) -> Recording:
@@ -438,54 +392,3 @@ def _spread(values: Tensor, names: tuple[str, ...], among: tuple[str, ...]) -> T
     else:
         spread[:, places[:, None], places] = values
     return spread
-
-
-def _read(line: dict[str, Any]) -> Step:
-    """Make a step of a line of a file.
-
-    Raises:
-        KeyError, TypeError, AttributeError, ValueError: if it is none.
-    """
-    tasks = len(line["names"])
-    return Step(
-        int(line["step"]),
-        tuple(map(str, line["names"])),
-        _tensor(line["gramian"], tasks, tasks),
-        _tensor(line["weights"], tasks),
-        _tensor(line["lr"]),
-        {name: _tensor(rows, tasks, tasks) for name, rows in line["layers"].items()},
-        _tensor(line["change"], 3, tasks) if "change" in line else None,
-        str(line.get("rule", "")),
-    )
-
-
-def _tensor(values: Any, *shape: int) -> Tensor:
-    """Make a tensor of nested lists, null becoming NaN."""
-    tensor = torch.tensor(_with_nan(values), dtype=torch.float64, device="cpu")
-    if tensor.shape != shape:
-        raise ValueError(f"expected shape {list(shape)}, got {list(tensor.shape)}")
-    return tensor
-
-
-def _with_nan(values: Any) -> Any:
-    if isinstance(values, list):
-        return [_with_nan(value) for value in values]
-    return math.nan if values is None else values
-
-
-def _finite(values: Any) -> Any:
-    """Replace what JSON does not know by None, in nested lists."""
-    if isinstance(values, list):
-        return [_finite(value) for value in values]
-    return values if math.isfinite(values) else None
-
-
-def _drop_unfinished(path: Path) -> None:
-    """Take away a last line without an end, which a killed process left."""
-    if not path.exists() or not path.stat().st_size:
-        return
-    with path.open("rb+") as file:
-        file.seek(-1, 2)
-        if file.read() != b"\n":
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
