@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ghopt.forms import is_dtensor
+from ghopt.forms import as_real, is_dtensor
 from ghopt.geometry import cosines, dual_cone
 from ghopt.gradients import StoredGradients
 
@@ -143,7 +143,8 @@ def _multipliers(
     kept = range(last) if protected is None else protected
     # On the CPU to ask is free.
     if gramian.device.type == "cpu" and (gramian[last, :last] >= 0).all():
-        return torch.zeros_like(gramian[last, :last]), gramian[last, last] < 0
+        nothing = torch.zeros((), dtype=torch.bool, device="cpu")
+        return torch.zeros_like(gramian[last, :last]), nothing
     multipliers = dual_cone(gramian, [last], kept)[0, :last]
     # If one is NaN all are; then this is False, and nothing changes.
     return multipliers, (multipliers > 0).any()
@@ -158,18 +159,19 @@ def _descent(
 
 def _rounding(gradients: StoredGradients) -> Tensor:
     """Bound the length of the rounding of the parameters: half a unit in the last place."""
-    squares = [
-        _whole(p.detach().abs().to(torch.float64).square().sum())
-        * (torch.finfo(p.dtype).eps / 2) ** 2
+    lengths = [
+        # In float64 without a copy in it.
+        _whole(torch.linalg.vector_norm(as_real(p.detach()), dtype=torch.float64))
+        * (torch.finfo(p.dtype).eps / 2)
         for p in gradients
     ]
-    return (
-        torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()
-    )
+    device = lengths[0].device
+    squares = torch.stack([length.to(device) for length in lengths]).square()
+    return squares.sum().sqrt()
 
 
 def _whole(number: Tensor) -> Tensor:
-    """Sum a number over the shards that it is of."""
+    """Give the norm of all shards."""
     return number.full_tensor() if is_dtensor(number) else number
 
 

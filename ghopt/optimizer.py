@@ -264,12 +264,6 @@ class HarmonizedOptimizer(Wrapper):
             accumulate_only=accumulate_only,
             sync_group=sync_group,
         )
-        if self.project_step and sync_group is False and world_size() > 1:
-            raise ValueError(
-                "sync_group must average the gradients with project_step, got False: "
-                "each rank would project on gradients of its own, and the parameters "
-                "would drift apart. Pass the DDP model"
-            )
         roles = self._roles()
         outcome = run(
             losses,
@@ -568,6 +562,12 @@ class HarmonizedOptimizer(Wrapper):
 
     def _options(self, **given: Any) -> Options:
         """Complete the options of a call by those of this optimizer."""
+        if self.project_step and given.get("sync_group") is False and world_size() > 1:
+            raise ValueError(
+                "sync_group must average the gradients with project_step, got False: "
+                "each rank would project on gradients of its own, and the parameters "
+                "would drift apart. Pass the DDP model"
+            )
         keep = self.project_step or bool(self._change_hooks)
         return Options(**given, deferred=self.deferred, keep=keep, protect=self.protect)
 

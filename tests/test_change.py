@@ -757,9 +757,16 @@ def test_no_layer_is_deferred() -> None:
     optimizer = HarmonizedOptimizer(
         SGD(layer.parameters(), lr=0.1), deferred=True, project_step=True
     )
+    parameters = [*layer.parameters()]
+    seen: list[Change] = []
+    optimizer.register_change_hook(seen.append)
     out = layer(torch.ones(1, 64))
-    optimizer.backward([out.square().mean(), (out - 1).abs().mean()])
+    losses = [out.square().mean(), (out - 1).abs().mean()]
+    jacobian = literal_gradients(losses, parameters)
+    optimizer.backward(losses)
     optimizer.step()
+    # The weight, which would be deferred, is among the gradients that are looked at.
+    assert_close(seen[0].gramian[:2, :2].float(), jacobian @ jacobian.T)
 
 
 # Cost, and what is refused

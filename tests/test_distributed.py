@@ -216,6 +216,9 @@ def step_on_own_gradients() -> str:
             ValueError, match=r"sync_group must average .* got False"
         ) as e:
             optimizer.backward(losses, sync_group=False)
+        optimizer.backward(losses, accumulate_only=True, sync_group=ddp)
+        with pytest.raises(ValueError, match=r"sync_group must average .* got False"):
+            optimizer.finish_accumulation(sync_group=False)
     assert not any(p.grad is not None for p in model.parameters())
     return str(e.value)
 

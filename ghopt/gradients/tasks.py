@@ -110,16 +110,18 @@ class StoredGradients:
         """Take the inner products of the gradients and, last, of one more vector.
 
         Args:
-            vector: by parameter. Where no task reaches one it does not count.
+            vector: by parameter, of which a task reaches one at least. Where no task
+                reaches one it does not count.
 
         Returns:
             Shape ``[K + 1, K + 1]``, float64, symmetric.
         """
-        parts = self._all or self._parts()
+        self._all = self._all or self._parts()
         last = len(self.names)
         given = {
-            p: _alike({**entries, last: vector[p]}) if p in vector else entries
-            for p, entries in parts.given.items()
+            p: _alike({**entries, last: vector[p]})
+            for p, entries in self._all.given.items()
+            if p in vector  # elsewhere there is nothing to multiply with
         }
         return multiply(_sorted(given, last + 1).prepared, last + 1, self.gramian())
 
@@ -159,8 +161,8 @@ class StoredGradients:
             weights: shape ``[K]``, float64.
             active: a bool scalar. Where it is False no bit changes, whatever the gradients.
         """
-        parts = self._all or self._parts()
-        for parameter, entries in parts.given.items():
+        self._all = self._all or self._parts()
+        for parameter, entries in self._all.given.items():
             if parameter in targets:
                 shift(targets[parameter], entries, weights, active)
 
@@ -185,6 +187,9 @@ class StoredGradients:
 
     def without_graph(self) -> "StoredGradients":
         """Give these, or copies of those that have a graph, so that it can be freed."""
+        every = (g for of_task in self._by_task.values() for g in of_task.values())
+        if not any(grad.requires_grad for grad in every):
+            return self
         by_task = {
             name: {
                 p: grad.detach().clone() if grad.requires_grad else grad
