@@ -753,14 +753,14 @@ def test_what_is_kept_does_not_hold_a_graph() -> None:
 
 
 def test_no_layer_is_deferred() -> None:
-    layer = nn.Linear(64, 64)
+    layer = nn.Linear(512, 512)
     optimizer = HarmonizedOptimizer(
         SGD(layer.parameters(), lr=0.1), deferred=True, project_step=True
     )
     parameters = [*layer.parameters()]
     seen: list[Change] = []
     optimizer.register_change_hook(seen.append)
-    out = layer(torch.ones(1, 64))
+    out = layer(torch.ones(4, 512))
     losses = [out.square().mean(), (out - 1).abs().mean()]
     jacobian = literal_gradients(losses, parameters)
     optimizer.backward(losses)
