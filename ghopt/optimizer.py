@@ -22,14 +22,20 @@ from ghopt.closures import Closure, are_losses, has_new, is_single, versions
 from ghopt.geometry import Weighting, gh
 from ghopt.gradients import StoredGradients
 from ghopt.harmonize import LATE, Options, finish, numbers_of, run
-from ghopt.living import living
 from ghopt.losses import Losses, named_losses, protected_names
 from ghopt.measuring import Harmonization, HarmonizeHook, check_weighting
 from ghopt.passes import BackwardFn, Roles
 from ghopt.places import placed, places
 from ghopt.progress import Progress
 from ghopt.ranks import SyncGroup, mean_over_ranks, world_size
-from ghopt.stepping import asks_scaler, has_unscaled, is_zero, passing_by, takes
+from ghopt.stepping import (
+    has_unscaled,
+    is_unscaled,
+    is_zero,
+    passing_by,
+    scaler_that_asks,
+    takes,
+)
 from ghopt.wrapper import Wrapper
 
 
@@ -431,9 +437,11 @@ class HarmonizedOptimizer(Wrapper):
 
     def __getattr__(self, name: str) -> Any:
         """Forward unknown public names to the base optimizer."""
-        if name == "_step_supports_amp_scaling" and asks_scaler(sys._getframe(1)):
-            # The last chance before it unscales: a framework may decide late on a step.
-            self._finish(scaled=True)
+        if name == "_step_supports_amp_scaling":
+            scaler = scaler_that_asks(sys._getframe(1))
+            if scaler is not None:
+                # The last chance before it unscales: a framework may decide late.
+                self._finish(scaler)
         return super().__getattr__(name)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -530,21 +538,23 @@ class HarmonizedOptimizer(Wrapper):
         return progress.value
 
     def _finish(
-        self, *, scaled: bool = False, sync_group: SyncGroup | None = None
+        self, scaler: GradScaler | None = None, sync_group: SyncGroup | None = None
     ) -> None:
         """Harmonize micro-batches that were only accumulated, into ``.grad``.
 
         Args:
-            scaled: a GradScaler is about to unscale the gradients.
+            scaler: is about to unscale the gradients.
             sync_group: average over these ranks first.
         """
         progress = self._progress
         alone = sync_group is None or sync_group is False
         if alone and not progress.accumulation:
             return
-        # Without gradients no scaler has unscaled any. To search takes time.
-        scalers = living(GradScaler) if self._grads() or scaled else []
-        if any(has_unscaled(scaler, self) for scaler in scalers):
+        if scaler:
+            is_late = has_unscaled(scaler, self)
+        else:  # without gradients no scaler has unscaled any
+            is_late = bool(self._grads()) and is_unscaled(self)
+        if is_late:
             raise RuntimeError(
                 "micro-batches were only accumulated, and a GradScaler has unscaled the "
                 f"gradients already: {LATE}, before unscale_() and step() of the scaler"

@@ -1,5 +1,6 @@
 """Around the step: torch's global hooks, gradient scalers, and what a step takes."""
 
+import gc
 import inspect
 import threading
 from collections.abc import Callable, Iterator
@@ -11,6 +12,8 @@ from typing import Any
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim import Optimizer
+
+from ghopt.living import living
 
 _stepping = threading.local()
 """In ``bases``: those that step in this thread, inside a wrapper."""
@@ -67,9 +70,27 @@ def takes(function: Callable[..., Any], keyword: str) -> bool:
     )
 
 
-def asks_scaler(frame: FrameType) -> bool:
-    """Say whether it is GradScaler.step that asks for an attribute."""
-    return frame.f_code is GradScaler.step.__code__
+def scaler_that_asks(frame: FrameType) -> GradScaler | None:
+    """Give the scaler whose ``step`` asks for an attribute, if one does."""
+    is_step = frame.f_code is GradScaler.step.__code__
+    return frame.f_locals["self"] if is_step else None
+
+
+def is_unscaled(optimizer: Optimizer) -> bool:
+    """Say whether any scaler has unscaled the gradients of the step to come.
+
+    The search takes some ten milliseconds.
+    """
+    # A scaler knows optimizers by their address, those that are no more included: one
+    # that only waits to be collected speaks of an optimizer that was here before.
+    if not _any_has_unscaled(optimizer):
+        return False
+    gc.collect()
+    return _any_has_unscaled(optimizer)
+
+
+def _any_has_unscaled(optimizer: Optimizer) -> bool:
+    return any(has_unscaled(scaler, optimizer) for scaler in living(GradScaler))
 
 
 def has_unscaled(scaler: GradScaler, optimizer: Optimizer) -> bool:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
+from torch.amp.grad_scaler import OptState
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD, AdamW, Optimizer
 from torch.testing import assert_close
@@ -528,6 +529,27 @@ def test_a_scaler_may_step_on_nothing_but_accumulated_micro_batches() -> None:
         scaler.update()
         made.append(dict(model.state_dict()))
     assert_close(made[1], made[0], rtol=0, atol=0)
+
+
+def test_a_scaler_of_an_optimizer_that_is_no_more_is_passed_by() -> None:
+    """Scalers know optimizers by their address, and addresses are used again."""
+    model = models.make(models.one_head_for_all, 2)
+    optimizer, other = wrap(model), new_scaler()
+    # What a scaler keeps of an earlier optimizer, were this one at its address.
+    other._per_optimizer_states[id(optimizer)]["stage"] = OptState.UNSCALED
+    # It waits to be collected, as after an error, where it cannot disturb.
+    other.itself = other  # type: ignore[attr-defined]  # a cycle
+    del other
+    for seed in range(2):  # the second time with gradients
+        optimizer.backward(model(*models.batch(2, seed)), accumulate_only=seed == 1)
+    optimizer.step()
+    assert optimizer.last is not None
+    # A scaler that steps knows itself, whatever others are alive.
+    optimizer, other, scaler = wrap(model), new_scaler(), new_scaler()
+    other._per_optimizer_states[id(optimizer)]["stage"] = OptState.UNSCALED
+    optimizer.backward(scaler.scale(model(*models.batch(2, 0))), accumulate_only=True)
+    scaler.step(optimizer)
+    assert optimizer.last is not None
 
 
 @pytest.mark.parametrize("enabled", [True, False])
