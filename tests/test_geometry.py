@@ -31,6 +31,8 @@ from tests.strategies import (
     too_close,
 )
 
+pytestmark = pytest.mark.usefixtures("place")
+
 Rule = Callable[[Tensor], Tensor]
 
 EPS = torch.finfo(torch.float64).eps

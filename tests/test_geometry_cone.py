@@ -18,6 +18,8 @@ from tests.networks import flat, network_gradients, seeds, widths
 from tests.reference import combine, dot, error, gramian, harmonized, vectors
 from tests.strategies import fewer_examples, independent, jacobians, many_tasks
 
+pytestmark = pytest.mark.usefixtures("place")
+
 EPS = torch.finfo(torch.float64).eps
 
 

@@ -29,6 +29,8 @@ from tests.strategies import (
     permutations,
 )
 
+pytestmark = pytest.mark.usefixtures("place")
+
 Rule = Callable[[Tensor], Tensor]
 
 EPS = torch.finfo(torch.float64).eps

@@ -26,6 +26,7 @@ from benchmarks.speed.results import (
     format_notes,
     format_table,
 )
+from benchmarks.speed.rules import NUMBERS, QUICK_NUMBERS, rule_times
 
 ROUNDS, QUICK_ROUNDS = 9, 5
 QUICK_NETWORKS, QUICK_TASKS = ("mlp32", "tiny"), (2,)
@@ -68,6 +69,8 @@ def _tables(options: argparse.Namespace) -> Iterator[list[Figure]]:
         yield _join(update_errors(chosen, name) for name in networks)
     if "exactness" in wanted:
         yield direction_errors([method for method in chosen if method.is_gh])
+    if "rules" in wanted:
+        yield rule_times(QUICK_NUMBERS if options.quick else NUMBERS, rounds)
     if "gramian" in wanted:
         yield gramian_errors([*SIZES, LARGE] if options.large else SIZES)
 

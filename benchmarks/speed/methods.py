@@ -200,7 +200,7 @@ def _autojac(
 def _autogram(problem: Problem, rule: str) -> Step:
     from torchjd.autogram import Engine
 
-    optimizer, weighting = base(problem), _torchjd(rule)
+    optimizer, weighting = base(problem), torchjd_weighting(rule)
     engine = Engine(problem.model, batch_dim=None)
 
     def step() -> None:
@@ -213,7 +213,7 @@ def _autogram(problem: Problem, rule: str) -> Step:
     return step
 
 
-def _torchjd(rule: str) -> Weighting:
+def torchjd_weighting(rule: str) -> Weighting:
     """Make a weighting of TorchJD's: the mean is its default."""
     from torchjd import aggregation
 
@@ -222,7 +222,7 @@ def _torchjd(rule: str) -> Weighting:
 
 
 def _torchjd_rule(gramian: Tensor, rule: str) -> Tensor:
-    return _torchjd(rule)(gramian)
+    return torchjd_weighting(rule)(gramian)
 
 
 def _pytorch_optimizer(problem: Problem) -> Step:

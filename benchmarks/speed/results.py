@@ -18,6 +18,8 @@ TITLES = {
     "gramian": "error of the Gramian, relative to the product of the norms, by "
     "the number of elements",
     "bandwidth": "Gramian and combination, by dtype and number of tasks",
+    "rules": "microseconds from a Gramian to weights, on the CPU, by the number of "
+    "tasks: median (quartiles)",
 }
 """What the figures of each table are."""
 
@@ -30,7 +32,7 @@ class Figure:
 
     Attributes:
         table: one of :data:`TITLES`.
-        tasks: their number.
+        tasks: their number; 0 where a column is of a number.
         row: name of the method, or of what is measured.
         column: name of the network, or of the case.
         value: None where the method does not run.
@@ -65,7 +67,8 @@ def format_table(figures: Sequence[Figure]) -> str:
         where a method does not run, and then these errors, each once.
     """
     first = figures[0]
-    title = f"{first.table}, K = {first.tasks}: {TITLES[first.table]}"
+    number = f", K = {first.tasks}" if first.tasks else ""
+    title = f"{first.table}{number}: {TITLES[first.table]}"
     columns = list(dict.fromkeys(figure.column for figure in figures))
     rows = list(dict.fromkeys(figure.row for figure in figures))
     places = {(figure.row, figure.column): figure for figure in figures}
@@ -92,4 +95,5 @@ def _cell(figure: Figure | None, errors: Sequence[str]) -> str:
     digits = DIGITS.get(figure.table, ".1e")
     if figure.low is None or figure.high is None:
         return format(figure.value, digits)
-    return f"{figure.value:.2f} ({figure.low:.2f}-{figure.high:.2f})"
+    digits = ".0f" if figure.table == "rules" else ".2f"
+    return f"{figure.value:{digits}} ({figure.low:{digits}}-{figure.high:{digits}})"

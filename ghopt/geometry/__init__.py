@@ -17,10 +17,10 @@ What every rule here promises, for any ``K >= 1``:
 * A common scale of the gradients, 1e-25 to 1e18, changes nothing.
 * A non-finite entry makes every weight NaN: it is never hidden.
 * The arithmetic is float64, the result has the dtype and device of the Gramian.
-* No value of the Gramian decides which operations run (but on the CPU, when an active
-  set method is done), so all rules run on the ``meta`` device and nothing asks for a
-  value on the host. One operation does so by itself on CUDA: :func:`torch.linalg.eigh`,
-  in GH++ with more than two tasks.
+* On a device no value of the Gramian decides which operations run, so nothing asks for
+  one on the host, and all rules run on the ``meta`` device. One operation asks by
+  itself on CUDA: :func:`torch.linalg.eigh`, in GH++ with more than two tasks. On the CPU
+  values are read: the same results to rounding, several times as fast.
 * ``ValueError`` for a Gramian that is not square, is empty or not floating point.
 
 Equation numbers refer to Huang, Song and Zhang, "Gradient Harmonization in
@@ -34,9 +34,12 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from ghopt.geometry import host
 from ghopt.geometry.cone import cone_multipliers
-from ghopt.geometry.frames import frame, resolution_of, rotation
-from ghopt.geometry.matrices import determinant, identity, rescaled
+from ghopt.geometry.frames import across_of, frame, resolution_of, rotation
+from ghopt.geometry.matrices import identity, reading_is_free, rescaled
+
+_MOST_READ = 10  # with more tasks, calls of torch are faster than floats one by one
 
 Weighting: TypeAlias = Callable[[Tensor], Tensor]
 """Any map from a Gramian, shape ``[K, K]``, to weights, shape ``[K]``."""
@@ -270,15 +273,15 @@ def _dual_cone(
         return _gh_of_two(gramian)
     moved = _checked("rows", rows, count)
     kept = _checked("protected", protected, count)
+    values = _read(gramian)
+    found = values and host.cone_coefficients(values, moved, kept)
+    if found:
+        return torch.tensor(found, dtype=torch.float64)
     matrix, scale = rescaled(gramian)
     multipliers = _multipliers(matrix, moved, kept) * _picked(scale, kept)
     multipliers = multipliers / _picked(scale, moved)[:, None]
-    # Column by column: to index with a list would copy it to the device, which waits.
-    column = {j: multipliers[:, place] for place, j in enumerate(kept)}
-    nothing = matrix.new_zeros(len(moved))
-    spread = torch.stack([column.get(j, nothing) for j in range(count)], 1)
     unit = _picked(identity(matrix), moved)
-    return _poisoned(unit + spread, gramian)
+    return _poisoned(unit + _spread(multipliers, kept, count), gramian)
 
 
 def _gh_of_two(gramian: Tensor) -> Tensor:
@@ -314,6 +317,24 @@ def _picked(tensor: Tensor, numbers: list[int]) -> Tensor:
     return torch.stack([tensor[number] for number in numbers])
 
 
+def _spread(columns: Tensor, numbers: list[int], count: int) -> Tensor:
+    """Put columns where they belong among ``count``, the others of which are zero."""
+    if numbers == list(range(count)):
+        return columns
+    # Column by column: to index with a list would copy it to the device, which waits.
+    column = {j: columns[:, place] for place, j in enumerate(numbers)}
+    nothing = columns.new_zeros(len(columns))
+    return torch.stack([column.get(j, nothing) for j in range(count)], 1)
+
+
+def _read(gramian: Tensor) -> host.Rows | None:
+    """Read a small Gramian where that is free."""
+    if len(gramian) > _MOST_READ or not reading_is_free(gramian):
+        return None
+    values: host.Rows = gramian.tolist()
+    return values
+
+
 def _checked(name: str, numbers: Sequence[int] | None, count: int) -> list[int]:
     """List the numbers of some of ``count`` vectors; all of them if None."""
     if numbers is None:
@@ -337,29 +358,33 @@ def _ghpp(gramian: Tensor, lam: float) -> Tensor:
     """Coefficients of GH++ in float64."""
     _check(gramian)
     _check_lam(lam)
-    matrix, scale = rescaled(gramian)
-    if len(matrix) > 2 and lam != 0.5:
+    if len(gramian) > 2 and lam != 0.5:
         raise ValueError(
-            f"lam must be 0.5 for more than 2 tasks, got {lam} for {len(matrix)} tasks"
+            f"lam must be 0.5 for more than 2 tasks, got {lam} for {len(gramian)} tasks"
         )
-    if len(matrix) == 2:
-        turned = rotation(matrix, scale, lam, resolution_of(gramian.dtype))
-    else:
-        turned = frame(matrix, scale, resolution_of(gramian.dtype))
-    return _poisoned(turned, gramian)
+    if len(gramian) == 2:
+        return _rotation(gramian, lam)
+    matrix, scale = rescaled(gramian)
+    return _poisoned(frame(matrix, scale, resolution_of(gramian.dtype)), gramian)
 
 
 def _ghpp_balanced(gramian: Tensor) -> Tensor:
     """Coefficients of balanced GH++ in float64."""
     _check(gramian)
     _check_at_most_two(gramian)
-    matrix, scale = rescaled(gramian)
-    if len(matrix) == 1:
-        return _poisoned(identity(matrix), gramian)
-    norms = matrix.diagonal().sqrt() / scale
-    lam = torch.atan2(norms[0], norms[1]) * (2 / math.pi)
-    turned = rotation(matrix, scale, lam, resolution_of(gramian.dtype))
-    return _poisoned(turned, gramian)
+    if len(gramian) == 1:
+        return _poisoned(identity(gramian.double()), gramian)
+    return _rotation(gramian, None)
+
+
+def _rotation(gramian: Tensor, lam: float | None) -> Tensor:
+    """Turn two gradients; without a ``lam`` by balanced shares."""
+    resolution = resolution_of(gramian.dtype)
+    values = _read(gramian)
+    if values:
+        turned = host.rotation(values, lam, resolution)
+        return torch.tensor(turned, dtype=torch.float64)
+    return _poisoned(rotation(*rescaled(gramian), lam, resolution), gramian)
 
 
 def _ghpp_printed(gramian: Tensor, lam: float) -> Tensor:
@@ -370,7 +395,7 @@ def _ghpp_printed(gramian: Tensor, lam: float) -> Tensor:
     matrix, _ = rescaled(gramian)
     if len(matrix) == 1:
         return _poisoned(identity(matrix), gramian)
-    excess = torch.atan2(matrix[0, 1].neg().clamp(min=0), determinant(matrix).sqrt())
+    excess = torch.atan2(matrix[0, 1].neg().clamp(min=0), across_of(matrix))
     tau = [1 + 2 * (lam * excess / 2).sin(), 1 - 2 * ((1 - lam) * excess / 2).sin()]
     return _poisoned(torch.stack(tau).diag(), gramian)
 

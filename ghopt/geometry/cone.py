@@ -5,12 +5,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ghopt.geometry import pivoting
+from ghopt.geometry.matrices import reading_is_free
+
 _MOST_ENUMERATED = 8  # 2**8 systems of 8 x 8 take under a millisecond
 
 # Of the cosines: the ridge under systems of nearly dependent gradients, and how often
 # its effect is taken away again. See cone_multipliers.
-_RIDGE = 1e-8
-_ROUNDS = 8
+RIDGE = 1e-8
+ROUNDS = 8
+
+# Nothing is left, after all rounds, of directions with eigenvalues above this: where it
+# is known that there are no others, one round without a ridge gives the same.
+RESOLVED = 1e-6
 
 
 def cone_multipliers(system: Tensor, products: Tensor, own: Tensor) -> Tensor:
@@ -18,15 +25,15 @@ def cone_multipliers(system: Tensor, products: Tensor, own: Tensor) -> Tensor:
 
     Row ``i`` minimises ``|g_i + row @ J|`` over rows that are nowhere negative. Where
     gradients are nearly dependent that has huge solutions, or many. So each round
-    minimises ``|g_i + row @ J|^2 + _RIDGE |row - last|^2`` instead, for unit gradients,
+    minimises ``|g_i + row @ J|^2 + RIDGE |row - last|^2`` instead, for unit gradients,
     with the row of the round before, from zero (proximal point method, Rockafellar
     1976). This has one solution, which no order of the tasks changes. What the rounds
-    leave of a direction with eigenvalue ``s`` is ``(1 + s / _RIDGE) ** -_ROUNDS``: less
+    leave of a direction with eigenvalue ``s`` is ``(1 + s / RIDGE) ** -ROUNDS``: less
     than eps / s, about, from s = 1e-7 on, and nearly all where rounding made the direction.
 
-    The bounds: the squared moves of a row add up to at most ``1 / _RIDGE`` and get no
-    longer, so the last is at most ``1 / sqrt(_RIDGE _ROUNDS)`` and all together
-    ``sqrt(_ROUNDS / _RIDGE)``; and the row opposes a task by ``_RIDGE`` times its last
+    The bounds: the squared moves of a row add up to at most ``1 / RIDGE`` and get no
+    longer, so the last is at most ``1 / sqrt(RIDGE ROUNDS)`` and all together
+    ``sqrt(ROUNDS / RIDGE)``; and the row opposes a task by ``RIDGE`` times its last
     move.
 
     Args:
@@ -34,22 +41,29 @@ def cone_multipliers(system: Tensor, products: Tensor, own: Tensor) -> Tensor:
         products: of the projected with the protected, ``[R, P]``.
         own: where the two are one and the same, bool ``[R, P]``.
     """
-    ridge = _RIDGE * system.diagonal()
+    ridge = RIDGE * system.diagonal()
+    if reading_is_free(system):
+        found = _by_pivoting(system, products, own, ridge)
+        if found is not None:
+            return found
     system = system + ridge.diag()
     method = _enumerated if len(system) <= _MOST_ENUMERATED else _lawson_hanson
     solve = method(system, own)
     rows = torch.zeros_like(products)
-    for _ in range(_ROUNDS):
-        before, rows = rows, solve(rows * ridge - products)
-        # On the CPU to ask is free. Once rows change by rounding, no round changes more.
-        if system.device.type == "cpu" and _is_close(before, rows):
-            break
+    for _ in range(ROUNDS):
+        rows = solve(rows * ridge - products)
     return rows
 
 
-def _is_close(before: Tensor, after: Tensor) -> bool:
-    eps = torch.finfo(after.dtype).eps
-    return bool(((after - before).abs() <= eps * after).all())
+def _by_pivoting(
+    system: Tensor, products: Tensor, own: Tensor, ridge: Tensor
+) -> Tensor | None:
+    lowest = float(torch.linalg.eigvalsh(system)[0])
+    if lowest > RESOLVED:
+        return pivoting.pivoted(system, products, own, torch.zeros_like(ridge), 1)
+    if lowest > -RIDGE / 4:  # the ridge is twice that at least
+        return pivoting.pivoted(system + ridge.diag(), products, own, ridge, ROUNDS)
+    return None  # no Gramian, but for more than rounding
 
 
 def _enumerated(system: Tensor, own: Tensor) -> Callable[[Tensor], Tensor]:
@@ -124,7 +138,7 @@ def _lawson_hanson(system: Tensor, own: Tensor) -> Callable[[Tensor], Tensor]:
             before, active = active, entered.where(free, active & (reach > step))
             rows = rows.where(active, 0)
             # Where to ask is free: all further steps would repeat this one.
-            if system.device.type == "cpu" and torch.equal(before, active):
+            if reading_is_free(system) and before.equal(active):
                 break
         steps = 4 + len(system) // 4
         return rows

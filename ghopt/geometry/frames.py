@@ -9,16 +9,17 @@ from ghopt.geometry.matrices import determinant, identity
 
 
 def rotation(
-    matrix: Tensor, scale: Tensor, lam: float | Tensor, resolution: float
+    matrix: Tensor, scale: Tensor, lam: float | None, resolution: float
 ) -> Tensor:
-    """Coefficients ``[2, 2]`` of GH++ for two tasks."""
+    """Coefficients ``[2, 2]`` of GH++ for two tasks; without a ``lam`` the balanced one."""
     norms = matrix.diagonal().sqrt()
-    across = determinant(matrix).sqrt()  # n0 n1 sin(theta); along is -n0 n1 cos(theta)
+    across = across_of(matrix)  # n0 n1 sin(theta); along is -n0 n1 cos(theta)
     along = matrix[0, 1].neg().clamp(min=0)
     opposite = (along > 0) & (across <= resolution * norms.prod())
     # atan2, since acos loses half of the digits near opposite and right angles.
     excess = torch.atan2(along, across.where(~opposite, 0))  # theta - pi/2 (eq. 36)
-    first, second = lam * excess, (1 - lam) * excess
+    share = balanced(norms / scale) if lam is None else lam
+    first, second = share * excess, (1 - share) * excess
     sine = (across / norms.prod()).where((along > 0) & ~opposite, 1)
     ratio = norms[0] / norms[1] * (scale[1] / scale[0])
     upper = [second.cos(), ratio * first.sin()]
@@ -26,6 +27,18 @@ def rotation(
     turned = torch.stack(upper + lower).view(2, 2) / sine
     in_line = torch.stack([first.cos(), second.cos()]).diag()
     return in_line.where(opposite, turned)
+
+
+def balanced(norms: Tensor) -> Tensor:
+    """Share of the turn that spares both tasks: the longer gradient turns more."""
+    return torch.atan2(norms[0], norms[1]) * (2 / math.pi)
+
+
+def across_of(matrix: Tensor) -> Tensor:
+    """Area that two gradients span, ``n0 n1 sin(theta)``."""
+    ((square, product), (_, other)) = matrix
+    area: Tensor = determinant(square, product, other).clamp(min=0).sqrt()
+    return area
 
 
 def frame(matrix: Tensor, scale: Tensor, resolution: float) -> Tensor:

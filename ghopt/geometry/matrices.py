@@ -1,7 +1,19 @@
 """Small matrices as all rules need them: scaled, and with determinants to rounding."""
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
+
+_Number = TypeVar("_Number", float, Tensor)
+
+
+def reading_is_free(tensor: Tensor) -> bool:
+    """Say whether the host may read values.
+
+    On a device that would wait for it, and a subclass of tensors may hold none.
+    """
+    return type(tensor) is Tensor and tensor.device.type == "cpu"
 
 
 def rescaled(gramian: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,18 +40,19 @@ def identity(matrix: Tensor) -> Tensor:
     return torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
 
 
-def determinant(matrix: Tensor) -> Tensor:
-    """Determinant of a ``[2, 2]`` Gramian to rounding, 0 where rounding made it less.
+def determinant(square: _Number, product: _Number, other: _Number) -> _Number:
+    """Determinant of the Gramian of two vectors to rounding; rounding may make it negative.
 
     Near opposite gradients its two products agree in all but the last digits; their
-    rounding errors, which decide then, are taken along (Dekker 1971).
+    rounding errors, which decide then, are taken along (Dekker 1971). Of floats or of
+    float64 tensors.
     """
-    product, error = _exact_product(matrix[0, 0], matrix[1, 1])
-    square, square_error = _exact_product(matrix[0, 1], matrix[0, 1])
-    return ((product - square) + (error - square_error)).clamp(min=0)
+    upper, error = _exact_product(square, other)
+    lower, lower_error = _exact_product(product, product)
+    return (upper - lower) + (error - lower_error)
 
 
-def _exact_product(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def _exact_product(a: _Number, b: _Number) -> tuple[_Number, _Number]:
     """Float64 product and its rounding error: their exact sum is ``a * b``."""
     product = a * b
     a_high, a_low = _halves(a)
@@ -50,7 +63,7 @@ def _exact_product(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return product, error
 
 
-def _halves(a: Tensor) -> tuple[Tensor, Tensor]:
+def _halves(a: _Number) -> tuple[_Number, _Number]:
     """Split the 53 bits of a float64 so that products of halves are exact (Veltkamp)."""
     large = a * (2.0**27 + 1)
     high = large - (large - a)

@@ -17,7 +17,7 @@ from benchmarks.common.clock import WARM_UPS
 from benchmarks.common.environment import environment
 from benchmarks.common.watch import Watch, watch
 from benchmarks.speed import __main__ as command
-from benchmarks.speed import accuracy, bandwidth, measure
+from benchmarks.speed import accuracy, bandwidth, measure, rules
 from benchmarks.speed.accuracy import (
     direction_errors,
     gradients,
@@ -29,6 +29,7 @@ from benchmarks.speed.measure import peak_copies, spread, time_ratios
 from benchmarks.speed.methods import FLOOR, METHODS, PLAIN, TASKS, Method, Step
 from benchmarks.speed.problems import NETWORKS, Problem, make, make_pair
 from benchmarks.speed.results import TITLES, Figure, format_table
+from benchmarks.speed.rules import rule_times
 
 CPU = torch.device("cpu")
 README = Path(command.__file__).with_name("README.md").read_text()
@@ -548,7 +549,7 @@ def test_the_readme_has_the_columns_rows_and_tables_that_are_printed() -> None:
         assert f"\n{method.name}: {method.note}.\n" in README
     for table in TITLES:
         assert f"* **{table}:**" in README
-        assert re.search(rf"^{table}, K = \d: ", README, re.MULTILINE)
+        assert re.search(rf"^{table}(, K = \d)?: ", README, re.MULTILINE)
     shown = [
         re.findall(r"^time, K = (\d)", block, re.MULTILINE)
         for block in README.split("```text")
@@ -556,3 +557,36 @@ def test_the_readme_has_the_columns_rows_and_tables_that_are_printed() -> None:
     for one, other in chain.from_iterable(map(pairwise, shown)):
         assert one < other  # in what one command has printed
     assert {"2", "4", "8"} <= {*chain(*shown)}
+
+
+# Rules by themselves
+
+
+def test_rules_are_timed_on_the_same_conflicting_gramians(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: dict[str, list[Tensor]] = {}
+
+    def watched(name: str) -> Callable[[Tensor], Tensor]:
+        def rule(gramian: Tensor) -> Tensor:
+            seen.setdefault(name, []).append(gramian)
+            return gramian[0]
+
+        return rule
+
+    monkeypatch.setattr(rules, "gh", watched("gh"))
+    monkeypatch.setattr(rules, "ghpp", watched("ghpp"))
+    monkeypatch.setattr(rules, "torchjd_weighting", watched)
+    figures = rule_times([2, 40], rounds=2)
+    assert [figure.row for figure in figures[:3]] == [
+        "gh, random",
+        "ghpp, random",
+        "UPGrad, random",
+    ]
+    assert {figure.column for figure in figures} == {"K = 2", "K = 40"}
+    assert "rules: microseconds" in format_table(figures)
+    # The same ones, as often, for each rule; in each some tasks conflict.
+    ends = {name: {id(gramian) for gramian in found} for name, found in seen.items()}
+    assert ends["gh"] == ends["ghpp"] == ends["UPGrad"]
+    assert len({len(found) for found in seen.values()}) == 1
+    assert all((gramian < 0).any() for gramian in seen["gh"])

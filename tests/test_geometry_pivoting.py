@@ -1,0 +1,173 @@
+"""How the cone is found on the CPU: in floats for few tasks, by pivoting for many.
+
+Both are judged as on a device in the other files on geometry, too. Here: that all ways
+give the same for any number of tasks, and what happens where pivoting has no way out.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from unittest.mock import patch
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.testing import assert_close
+
+from ghopt import geometry
+from ghopt.geometry import cone, host, pivoting
+from tests import reference
+from tests.networks import flat, network_gradients, seeds, widths
+from tests.reference import gramian, harmonized
+from tests.strategies import fewer_examples, jacobians
+
+EPS = torch.finfo(torch.float64).eps
+
+
+@contextmanager
+def nothing_read() -> Iterator[None]:
+    with (
+        patch.object(geometry, "reading_is_free", return_value=False),
+        patch.object(cone, "reading_is_free", return_value=False),
+    ):
+        yield
+
+
+@contextmanager
+def in_floats() -> Iterator[None]:
+    with patch.object(geometry, "_MOST_READ", 100):
+        yield
+
+
+@contextmanager
+def by_pivoting() -> Iterator[None]:
+    with patch.object(geometry, "_MOST_READ", 0):
+        yield
+
+
+@contextmanager
+def by_pivoting_of_the_active_only() -> Iterator[None]:
+    with by_pivoting(), patch.object(pivoting, "_SLIM", 0):
+        yield
+
+
+Way = Callable[[], AbstractContextManager[None]]
+WAYS = [in_floats, by_pivoting, by_pivoting_of_the_active_only]
+every_way = pytest.mark.parametrize("way", WAYS)
+
+
+# Full exchanges alone run in a circle for one of these gradients, for ever.
+CIRCLE = torch.tensor(
+    [[-1, -3, 3, 1], [-1, 1, -2, -2], [-3, 1, 3, 1], [-2, 1, -2, -3]],
+    dtype=torch.float64,
+)
+
+
+def largest_difference(found: Tensor, expected: Tensor, rows: Tensor) -> float:
+    """Of harmonized gradients, relative to the gradients."""
+    norms = rows.norm(dim=1, keepdim=True)
+    differences = (found - expected) @ rows / norms.where(norms > 0, 1)
+    return float(differences.norm(dim=1).max())
+
+
+@every_way
+@given(jacobian=jacobians())
+def test_each_way_projects_on_the_cone(way: Way, jacobian: Tensor) -> None:
+    with way():
+        coefficients = geometry.gh_coefficients(gramian(jacobian))
+    expected = reference.dual_cone_projections(jacobian)
+    tolerance = 8 * len(jacobian) * EPS / reference.span(jacobian)
+    for row, found, wanted in zip(
+        reference.vectors(jacobian),
+        harmonized(coefficients, jacobian),
+        expected,
+        strict=True,
+    ):
+        if any(row):
+            assert reference.error(found, wanted, row) <= tolerance
+
+
+@every_way
+@given(tasks=st.integers(3, 14), width=widths, seed=seeds)
+@fewer_examples
+def test_each_way_does_as_a_device_does(
+    way: Way, tasks: int, width: int, seed: int
+) -> None:
+    """With gradients as float32 networks make them, equal or opposite but for rounding."""
+    rows = flat(network_gradients(tasks, width, seed))
+    products = rows @ rows.T
+    with way():
+        found = geometry.gh_coefficients(products)
+    with nothing_read():
+        expected = geometry.gh_coefficients(products)
+    assert largest_difference(found, expected, rows) <= 1e-8
+
+
+@every_way
+@pytest.mark.parametrize("patience", [pivoting.PATIENCE, 10**9])
+def test_a_circle_of_exchanges_is_left(way: Way, patience: int) -> None:
+    """By exchanges of one task, or by another method where these are not made."""
+    settled = []
+
+    def noted(method: Callable[..., object]) -> Callable[..., object]:
+        def call(*given: object) -> object:
+            result = method(*given)
+            settled.append(result is not None)
+            return result
+
+        return call
+
+    with (
+        way(),
+        patch.object(host, "PATIENCE", patience),
+        patch.object(pivoting, "PATIENCE", patience),
+        patch.object(host, "cone_coefficients", noted(host.cone_coefficients)),
+        patch.object(pivoting, "pivoted", noted(pivoting.pivoted)),
+    ):
+        found = geometry.gh_coefficients(gramian(CIRCLE))
+    assert settled[0] == (patience == pivoting.PATIENCE)
+    expected = reference.dual_cone_projections(CIRCLE)
+    for one, other in zip(harmonized(found, CIRCLE), expected, strict=True):
+        assert reference.error(one, other, other) <= 1e-13
+
+
+@every_way
+@pytest.mark.parametrize("tasks", [3, 12])
+def test_what_is_no_gramian_but_for_rounding_is_served_as_on_a_device(
+    way: Way, tasks: int
+) -> None:
+    """Opposite gradients whose cosine a user's float32 left a little below -1."""
+    products = torch.eye(tasks, dtype=torch.float64)
+    products[0, 1] = products[1, 0] = -1 - 1e-6
+    products[2, 0] = products[0, 2] = -0.5
+    products[2, 1] = products[1, 2] = 0.5
+    with way():
+        found = geometry.gh_coefficients(products)
+    with nothing_read():
+        expected = geometry.gh_coefficients(products)
+    assert found.isfinite().all()
+    assert_close(found, expected)
+
+
+@pytest.mark.parametrize("tasks", [3, 12])
+def test_where_pivoting_does_not_settle_a_device_s_method_does(tasks: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(tasks, 2 * tasks, generator=generator, dtype=torch.float64)
+    expected = geometry.gh_coefficients(rows @ rows.T)
+    with patch.object(host, "STEPS", 0), patch.object(pivoting, "STEPS", 0):
+        found = geometry.gh_coefficients(rows @ rows.T)
+    assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_a_well_conditioned_gramian_takes_one_system_of_each_row() -> None:
+    """Nothing would be left for further rounds to take away."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(12, 48, generator=generator, dtype=torch.float64)
+    for dependent, rounds in ((False, 1), (True, cone.ROUNDS)):
+        if dependent:
+            rows[1] = rows[0]
+        method = patch.object(pivoting, "pivoted", wraps=pivoting.pivoted)
+        with by_pivoting(), method as spy:
+            geometry.gh(rows @ rows.T)
+        assert spy.call_args.args[-1] == rounds
