@@ -1,5 +1,10 @@
 """Settings shared by every test."""
 
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
 import torch
 from hypothesis import settings
 
@@ -12,3 +17,22 @@ settings.load_profile("same")
 
 # The tensors of a test are tiny: threads cost more than they save.
 torch.set_num_threads(1)
+
+# DeepXDE reads it when it is imported; without it, it writes a file at home.
+os.environ["DDE_BACKEND"] = "pytorch"
+
+
+@pytest.fixture
+def dde(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Give DeepXDE, and put back what it sets for the whole process."""
+    import deepxde
+
+    options = deepxde.optimizers.config.LBFGS_options
+    for name, value in options.items():
+        monkeypatch.setitem(options, name, value)
+    monkeypatch.setattr(deepxde.config, "mixed", False)
+    torch.set_default_device("cpu")  # where there is a GPU, its import chose that
+    with torch.random.fork_rng():
+        yield deepxde
+    torch.set_default_device(None)
+    deepxde.config.set_default_float("float32")

@@ -29,25 +29,26 @@ class HarmonizedAdamW(HarmonizedFromParams):
         super().__init__(params, base_class=AdamW, **options)
 
 
-def steps(model: Tasks, optimizer: HarmonizedOptimizer, count: int = 5) -> list[Tensor]:
+def trained(
+    model: Tasks, optimizer: HarmonizedOptimizer, count: int = 5
+) -> list[Tensor]:
+    batch = models.batch(3)
     for _ in range(count):
-        optimizer.step(losses=model.losses())
+        optimizer.step(losses=model(*batch))
     return [parameter.detach().clone() for parameter in model.parameters()]
 
 
 def made_and_wrapped() -> list[Tensor]:
     model = models.make(models.NETWORKS[0], 3)
     base = SGD(model.parameters(), lr=0.05, momentum=0.9)
-    return steps(model, HarmonizedOptimizer(base))
+    return trained(model, HarmonizedOptimizer(base))
 
 
 def test_it_steps_as_a_wrapped_base_does() -> None:
     model = models.make(models.NETWORKS[0], 3)
-    optimizer_class: type[Optimizer] = HarmonizedFromParams
-    optimizer = optimizer_class(model.parameters(), lr=0.05, **OPTIONS)  # type: ignore[call-arg]  # as such APIs do
-    assert isinstance(optimizer, HarmonizedOptimizer)
+    optimizer = HarmonizedFromParams(model.parameters(), lr=0.05, **OPTIONS)
     assert type(optimizer.base_optimizer) is SGD
-    assert_close(steps(model, optimizer), made_and_wrapped(), rtol=0, atol=0)
+    assert_close(trained(model, optimizer), made_and_wrapped(), rtol=0, atol=0)
 
 
 def test_a_rate_may_be_given_by_position() -> None:
@@ -58,7 +59,7 @@ def test_a_rate_may_be_given_by_position() -> None:
 
 def test_groups_and_named_parameters_are_taken_as_the_base_takes_them() -> None:
     first, second = nn.Linear(2, 1), nn.Linear(2, 1)
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": first.parameters()},
         {"params": second.parameters(), "lr": 0.7},
     ]
@@ -93,10 +94,12 @@ def test_shared_parameters_alone_are_harmonized() -> None:
     )
     optimizer.backward([(trunk + head)[0], -2 * (trunk + head)[0] + trunk[1]])
     assert_close(head.grad, torch.tensor([-1.0, 0]))
-    assert_close(trunk.grad, torch.tensor([0.2, 1.5]) + torch.tensor([0.0, 0.0]) * 0)
+    assert_close(trunk.grad, torch.tensor([0.2, 1.4]))
 
 
-@pytest.mark.parametrize("pickler", [pickle, cloudpickle], ids=["pickle", "cloudpickle"])
+@pytest.mark.parametrize(
+    "pickler", [pickle, cloudpickle], ids=["pickle", "cloudpickle"]
+)
 def test_class_and_options_are_equal_after_pickling(pickler: Any) -> None:
     given = {"optimizer_class": HarmonizedFromParams, "optimizer_kwargs": OPTIONS}
     assert pickle.loads(pickler.dumps(given)) == given
@@ -115,16 +118,16 @@ def test_copies_go_on_as_the_original_does(
     model = models.make(models.NETWORKS[0], 3)
     options = OPTIONS if optimizer_class is HarmonizedFromParams else {}
     pair = model, optimizer_class(model.parameters(), lr=0.05, **options)
-    steps(*pair)
+    trained(*pair)
     copies = [copy.deepcopy(pair), pickle.loads(pickle.dumps(pair))]
     buffer = io.BytesIO()
     torch.save(pair, buffer)
     buffer.seek(0)
     copies.append(torch.load(buffer, weights_only=False))
-    expected = steps(*pair)
+    expected = trained(*pair)
     for copied in copies:
         assert type(copied[1]) is optimizer_class
-        assert_close(steps(*copied), expected, rtol=0, atol=0)
+        assert_close(trained(*copied), expected, rtol=0, atol=0)
 
 
 def test_apis_see_a_class_of_optimizers() -> None:
@@ -137,13 +140,15 @@ def test_an_api_without_options_takes_it_partially_applied() -> None:
     model = models.make(models.NETWORKS[0], 3)
     make = partial(HarmonizedFromParams, **OPTIONS)
     optimizer = pickle.loads(pickle.dumps(make))(model.parameters(), lr=0.05)
-    assert_close(steps(model, optimizer), made_and_wrapped(), rtol=0, atol=0)
+    assert_close(trained(model, optimizer), made_and_wrapped(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("given", ["AdamW", None, SGD(nn.Linear(2, 1).parameters())])
 def test_a_base_that_is_no_class_is_refused(given: Any) -> None:
     params = nn.Linear(2, 1).parameters()
-    with pytest.raises(TypeError, match="base_class must be a class of optimizers, got"):
+    with pytest.raises(
+        TypeError, match="base_class must be a class of optimizers, got"
+    ):
         HarmonizedFromParams(params, base_class=given)
 
 

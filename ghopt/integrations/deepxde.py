@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Optimizer
+from torch.optim import LBFGS, SGD, Optimizer
 
 from ghopt.geometry import Weighting, gh
 from ghopt.optimizer import HarmonizedOptimizer
@@ -59,18 +59,19 @@ def harmonize(
     Args:
         model: on the PyTorch backend; changed in place.
         weighting: as for :class:`ghopt.HarmonizedOptimizer`.
-        project_step: likewise. With L-BFGS a step is up to 1000 iterations, see above.
-        protect: likewise; numbers of losses, as above.
+        project_step: likewise, but not in L-BFGS: the promise is one of first order,
+            and a step of up to 1000 iterations is far beyond it.
+        protect: likewise; numbers of losses, as above. Without ``gh`` it is
+            ``project_step`` that protects, and so not in L-BFGS.
 
     Raises:
         ImportError: if DeepXDE is missing.
         RuntimeError: if its backend is not PyTorch.
-        TypeError: if ``model`` is no ``dde.Model``, or an option is not what
-            :class:`ghopt.HarmonizedOptimizer` takes.
+        TypeError: if ``model`` is no ``dde.Model``, its optimizer is harmonized already,
+            or an option is not what :class:`ghopt.HarmonizedOptimizer` takes.
         ValueError: likewise, if ``model`` is harmonized already, or if its optimizer is
-            NNCG, which differentiates the sum of the losses by itself. ``compile`` raises
-            it, too, and for an optimizer that is harmonized already; the model stays as
-            it was.
+            NNCG, which differentiates the sum of the losses by itself. ``compile``
+            refuses both optimizers, too; the model stays as it was.
     """
     _check_model(model)
     # Wrong options must fail here, not in the next compile.
@@ -78,7 +79,7 @@ def harmonize(
         SGD([torch.zeros(1)]), weighting, project_step=project_step, protect=protect
     )
     wrap = partial(
-        HarmonizedOptimizer,
+        _wrapped,
         weighting=weighting,
         project_step=project_step,
         protect=checked.protect,
@@ -113,7 +114,7 @@ def _check_model(model: Any) -> None:
 
 def _check_optimizer(optimizer: Any) -> None:
     if isinstance(optimizer, HarmonizedOptimizer):
-        raise ValueError(
+        raise TypeError(
             "optimizer must not be harmonized already, got a HarmonizedOptimizer: pass "
             "the optimizer inside it, .base_optimizer, and the options to harmonize()"
         )
@@ -122,6 +123,21 @@ def _check_optimizer(optimizer: Any) -> None:
             "optimizer must not be 'NNCG', which differentiates the sum of the losses by "
             "itself: use 'L-BFGS', or a dde.Model that is not harmonized"
         )
+
+
+def _wrapped(
+    base: Optimizer,
+    weighting: Weighting,
+    project_step: bool,
+    protect: Iterable[str] | None,
+) -> HarmonizedOptimizer:
+    """Wrap the optimizer of a ``compile``, as :func:`harmonize` says."""
+    if project_step and isinstance(base, LBFGS):
+        project_step = False
+        protect = protect if weighting is gh else None
+    return HarmonizedOptimizer(
+        base, weighting, project_step=project_step, protect=protect
+    )
 
 
 def _compile(
