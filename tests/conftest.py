@@ -27,12 +27,11 @@ def dde(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Give DeepXDE, and put back what it sets for the whole process."""
     import deepxde
 
+    torch.set_default_device(None)  # where there is a GPU, the import has changed it
     options = deepxde.optimizers.config.LBFGS_options
     for name, value in options.items():
         monkeypatch.setitem(options, name, value)
     monkeypatch.setattr(deepxde.config, "mixed", False)
-    torch.set_default_device("cpu")  # where there is a GPU, its import chose that
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         yield deepxde
-    torch.set_default_device(None)
     deepxde.config.set_default_float("float32")

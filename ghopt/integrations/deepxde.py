@@ -193,6 +193,5 @@ def _losses(model: "Model", *batch: Any) -> list[Tensor]:
     tasks = apart
     if model.loss_weights is not None:
         weights = torch.as_tensor(model.loss_weights).expand(len(apart))
-        pairs = zip(apart, weights, strict=True)
-        tasks = [(loss * weight).to(loss.dtype) for loss, weight in pairs]
+        tasks = [loss * weight for loss, weight in zip(apart, weights, strict=True)]
     return [*tasks, *stacked[len(apart) :]]  # what is left is the penalty of the net

@@ -466,13 +466,15 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 
 
+@pytest.mark.parametrize("is_compiled", [False, True])
 @pytest.mark.parametrize(("options", "error", "named"), WRONG)
 @pytest.mark.usefixtures("wide")
 def test_wrong_options_are_refused_before_anything_changes(
-    options: dict[str, Any], error: type[Exception], named: str
+    options: dict[str, Any], error: type[Exception], named: str, is_compiled: bool
 ) -> None:
     model = burgers()
-    model.compile("adam", lr=1e-3, verbose=0)
+    if is_compiled:
+        model.compile("adam", lr=1e-3, verbose=0)
     before = dict(vars(model))
     with pytest.raises(error, match=named):
         harmonize(model, **options)
@@ -497,8 +499,10 @@ def test_a_model_is_harmonized_once() -> None:
 def test_nncg_is_refused_and_the_model_stays_as_it_was() -> None:
     model = burgers()
     model.compile("NNCG", verbose=0)
+    before = dict(vars(model))
     with pytest.raises(ValueError, match="must not be 'NNCG'"):
         harmonize(model)
+    assert vars(model) == before
     model.compile("adam", lr=1e-3, verbose=0)
     harmonize(model)
     before = dict(vars(model))
