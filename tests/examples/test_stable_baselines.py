@@ -89,9 +89,16 @@ def test_policy_and_value_train_as_in_a_literal_loop() -> None:
     assert max((a - b).abs().max() for a, b in zip(plain, expected, strict=True)) > 1e-3
 
 
-@pytest.mark.parametrize("normalize_advantage", [False, True])
-def test_with_weights_of_one_it_is_a2c_itself(normalize_advantage: bool) -> None:
-    options = {"normalize_advantage": normalize_advantage}
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"normalize_advantage": True},
+        {"learning_rate": lambda left: 0.1 * left},
+    ],
+    ids=["default", "normalized", "decaying rate"],
+)
+def test_with_weights_of_one_it_is_a2c_itself(options: dict[str, Any]) -> None:
     expected = learned(a2c(A2C, **options))
     actual = learned(harmonized(plain_sum, **options))
     assert_close(actual, expected, rtol=1e-4, atol=1e-5)
