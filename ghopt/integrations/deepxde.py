@@ -4,6 +4,7 @@ Needs the extra ``[deepxde]``, and ``DDE_BACKEND=pytorch`` in the environment.
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -52,9 +53,11 @@ def harmonize(
     penalty of the net is the last one. It is opposed to the others by design: leave it
     out, or ``protect`` the others. (L2 is weight decay, of the optimizer, and no task.)
 
-    L-BFGS needs one function, so the weights are measured once in each of its steps and held to
-    its end. DeepXDE makes up to 1000 iterations in a step: set
+    L-BFGS needs one function, so the weights are measured once in each of its steps and
+    held to its end. DeepXDE makes up to 1000 iterations in a step: set
     ``dde.optimizers.config.LBFGS_options["iter_per_step"]`` to measure more often.
+
+    It does not always pay: compare with a model that is not harmonized.
 
     Args:
         model: on the PyTorch backend; changed in place.
@@ -161,7 +164,9 @@ def _train_step(model: "Model", *batch: Any) -> None:
 
     def closure() -> list[Tensor]:
         device = torch.get_default_device().type
-        with torch.autocast(device, torch.float16, enabled=config.mixed):
+        # Not one that is disabled: it would end an autocast around the training.
+        half = torch.autocast(device, torch.float16) if config.mixed else nullcontext()
+        with half:
             return _losses(model, *batch)
 
     model.opt.step(closure)

@@ -216,6 +216,24 @@ def test_mixed_precision_runs_the_losses_in_half(dde: Any) -> None:
     assert difference(model, plain) < 1e-4
 
 
+@pytest.mark.usefixtures("dde")
+def test_an_autocast_around_the_step_holds() -> None:
+    model, seen = burgers(), set()
+    inner = model.data.pde
+
+    def pde(points: Tensor, u: Tensor) -> Tensor:
+        seen.add(u.dtype)
+        result: Tensor = inner(points, u)
+        return result
+
+    model.data.pde = pde
+    harmonize(model)
+    model.compile("adam", lr=1e-3, verbose=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        model.train_step(*batch_of(model))
+    assert seen == {torch.bfloat16}
+
+
 @pytest.mark.usefixtures("wide")
 def test_it_may_be_called_after_compile() -> None:
     first, second = burgers(), burgers()
