@@ -4,7 +4,6 @@ Run it with `python -m examples.skorch_net`. The criterion returns the sum, so t
 validation, callbacks and the history work as always, and keeps the losses.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,12 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from examples.problem import TwoHeads, make_data, task_losses
-from ghopt import HarmonizedOptimizer
-
-
-def harmonized_sgd(params: Iterable[Tensor], **options: Any) -> HarmonizedOptimizer:
-    """Make the optimizer; takes what skorch finds as ``optimizer__...``."""
-    return HarmonizedOptimizer(SGD(params, **options))
+from ghopt import HarmonizedFromParams
 
 
 class SumOfLosses(nn.Module):
@@ -49,7 +43,8 @@ def make_net(**options: Any) -> HarmonizedNet:
     defaults = {
         "module": TwoHeads,
         "criterion": SumOfLosses,
-        "optimizer": harmonized_sgd,
+        "optimizer": HarmonizedFromParams,
+        "optimizer__base_class": SGD,
         "optimizer__momentum": 0.9,
         "lr": 0.02,
         "batch_size": 16,

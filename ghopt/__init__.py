@@ -2,6 +2,7 @@
 
 from ghopt.accumulation import Accumulation
 from ghopt.change import Change
+from ghopt.from_params import HarmonizedFromParams
 from ghopt.geometry import (
     Weighting,
     dual_cone,
@@ -25,6 +26,7 @@ __all__ = [
     "Accumulation",
     "Change",
     "Harmonization",
+    "HarmonizedFromParams",
     "HarmonizedOptimizer",
     "Recorder",
     "Recording",

@@ -1,6 +1,8 @@
 """Settings shared by every test."""
 
+import os
 from collections.abc import Iterator
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -20,6 +22,9 @@ settings.load_profile("same")
 # The tensors of a test are tiny: threads cost more than they save.
 torch.set_num_threads(1)
 
+# DeepXDE reads it when it is imported; without it, it writes a file at home.
+os.environ["DDE_BACKEND"] = "pytorch"
+
 
 @pytest.fixture(scope="module", params=["on the CPU", "as on a device"])
 def place(request: pytest.FixtureRequest) -> Iterator[str]:
@@ -32,3 +37,18 @@ def place(request: pytest.FixtureRequest) -> Iterator[str]:
         patch.object(cone, "reading_is_free", return_value=False),
     ):
         yield request.param
+
+
+@pytest.fixture
+def dde(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Give DeepXDE, and put back what it sets for the whole process."""
+    import deepxde
+
+    torch.set_default_device(None)  # where there is a GPU, the import has changed it
+    options = deepxde.optimizers.config.LBFGS_options
+    for name, value in options.items():
+        monkeypatch.setitem(options, name, value)
+    monkeypatch.setattr(deepxde.config, "mixed", False)
+    with torch.random.fork_rng(devices=[]):
+        yield deepxde
+    deepxde.config.set_default_float("float32")

@@ -15,7 +15,7 @@ RECIPES.remove("problem")
 # As in test_lightning.
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
-@pytest.mark.usefixtures("fresh_state")
+@pytest.mark.usefixtures("fresh_state", "dde")
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_runs_and_leaves_nothing_behind(
     name: str,
