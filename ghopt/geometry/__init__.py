@@ -27,7 +27,6 @@ Equation numbers refer to Huang, Song and Zhang, "Gradient Harmonization in
 Unsupervised Domain Adaptation", TPAMI 2024, https://arxiv.org/abs/2408.00288.
 """
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeAlias
 
