@@ -203,17 +203,17 @@ def test_the_stored_runs_are_those_that_the_command_would_train() -> None:
 
 
 @pytest.mark.parametrize(
-    ("problem", "weights"),
+    ("problem", "rates", "weights"),
     [
-        ("poisson", (1, 10)),
-        ("heat", (1, 10)),
-        ("helmholtz", (1, 10)),
-        ("detection-plain", (1, 4)),
+        ("poisson", (1, 4), (1, 10)),
+        ("heat", (1, 4), (1, 10)),
+        ("helmholtz", (1, 4), (1, 10)),
+        ("detection-plain", (0.5, 1, 2, 4), (1, 4, 10)),
     ],
 )
 def test_the_page_has_what_the_command_shows_of_the_stored_runs(
-    problem: str, weights: tuple[int, int]
+    problem: str, rates: tuple[float, ...], weights: tuple[int, ...]
 ) -> None:
     page = Path(command.__file__).with_name("README.md").read_text()
-    cells = [Cell(rate, weight) for rate in (1, 4) for weight in weights]
+    cells = [Cell(rate, weight) for rate in rates for weight in weights]
     assert format_problem(read_runs(STORE, Run), problem, cells) in page
