@@ -20,8 +20,10 @@ Versions: transformers 5.24.0, in each run of our tests. Nothing is downloaded: 
 tiny, and its weights are random.
 """
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import AdamW
 from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
 
@@ -37,33 +39,34 @@ def tasks_of(loss_dict: dict[str, Tensor]) -> dict[str, list[Tensor]]:
     }
 
 
-def make_model() -> DetrForObjectDetection:
+def make_model() -> nn.Module:
     """Give a DETR of 23 thousand parameters with three decoder layers."""
     torch.manual_seed(0)
-    backbone = ResNetConfig(
-        embedding_size=8,
-        hidden_sizes=[8, 8, 16, 16],
-        depths=[1, 1, 1, 1],
-        layer_type="basic",
-        out_features=["stage4"],
-    )
-    config = DetrConfig(
-        use_timm_backbone=False,
-        use_pretrained_backbone=False,
-        backbone=None,
-        backbone_config=backbone,
-        d_model=16,
-        encoder_layers=1,
-        decoder_layers=3,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=16,
-        decoder_ffn_dim=16,
-        num_queries=5,
-        num_labels=3,
-        auxiliary_loss=True,
-    )
-    return DetrForObjectDetection(config)
+    backbone: dict[str, Any] = {
+        "embedding_size": 8,
+        "hidden_sizes": [8, 8, 16, 16],
+        "depths": [1, 1, 1, 1],
+        "layer_type": "basic",
+        "out_features": ["stage4"],
+    }
+    settings: dict[str, Any] = {
+        "use_timm_backbone": False,
+        "use_pretrained_backbone": False,
+        "backbone": None,
+        "backbone_config": ResNetConfig(**backbone),
+        "d_model": 16,
+        "encoder_layers": 1,
+        "decoder_layers": 3,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 16,
+        "decoder_ffn_dim": 16,
+        "num_queries": 5,
+        "num_labels": 3,
+        "auxiliary_loss": True,
+    }
+    model: nn.Module = DetrForObjectDetection(DetrConfig(**settings))
+    return model
 
 
 def make_batch(step: int) -> tuple[Tensor, list[dict[str, Tensor]]]:
@@ -80,7 +83,7 @@ def make_batch(step: int) -> tuple[Tensor, list[dict[str, Tensor]]]:
     return images, labels
 
 
-def train(model: DetrForObjectDetection, steps: int = 20) -> list[float]:
+def train(model: nn.Module, steps: int = 20) -> list[float]:
     """Train on harmonized gradients; give the cosine of class and box at each step."""
     optimizer = HarmonizedOptimizer(AdamW(model.parameters(), lr=1e-3))
     cosines = []

@@ -50,7 +50,8 @@ def train_before(model: TwoHeads, inputs: Tensor, targets: Tensor, steps: int) -
     optimizer = PCGrad(SGD(model.trunk.parameters(), lr=0.02, momentum=0.9))
     for _ in range(steps):
         optimizer.zero_grad()
-        optimizer.pc_backward([*task_losses(model(inputs), targets).values()])
+        losses = [*task_losses(model(inputs), targets).values()]
+        optimizer.pc_backward(losses)  # type: ignore[arg-type]  # its types are wrong
         optimizer.step()
 
 

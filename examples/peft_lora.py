@@ -22,11 +22,9 @@ Versions: peft 0.21.2 and transformers 5.24.0, in each run of our tests. Nothing
 the model is a GPT-2 of random weights.
 """
 
-from typing import Any
-
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
 from torch.optim import AdamW
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -35,7 +33,7 @@ from ghopt import HarmonizedOptimizer
 WORDS = 64
 
 
-def make_model(rank: int = 8) -> Any:
+def make_model(rank: int = 8) -> nn.Module:
     """Give a small GPT-2 whose weights are frozen, with adapters at its attention."""
     torch.manual_seed(0)
     config = GPT2Config(
@@ -53,7 +51,8 @@ def make_model(rank: int = 8) -> Any:
         target_modules=["c_attn", "c_proj"],
         fan_in_fan_out=True,  # GPT-2 keeps its weights transposed
     )
-    return get_peft_model(GPT2LMHeadModel(config), adapters)
+    model: nn.Module = get_peft_model(GPT2LMHeadModel(config), adapters)
+    return model
 
 
 def make_batch(step: int, rows: int = 8) -> dict[str, Tensor]:
@@ -66,12 +65,12 @@ def make_batch(step: int, rows: int = 8) -> dict[str, Tensor]:
     }
 
 
-def losses_of(model: PeftModel, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def losses_of(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Give the loss of the next word, of each task."""
     return {name: model(input_ids=x, labels=x).loss for name, x in batch.items()}
 
 
-def train(model: PeftModel, steps: int = 30) -> HarmonizedOptimizer:
+def train(model: nn.Module, steps: int = 30) -> HarmonizedOptimizer:
     """Train the adapters on harmonized gradients."""
     optimizer = HarmonizedOptimizer(AdamW(model.parameters(), lr=0.01))
     for step in range(steps):

@@ -15,7 +15,10 @@ proposals and two of the boxes: as `{"classes": [losses["loss_objectness"],
 losses["loss_classifier"]], "boxes": [losses["loss_rpn_box_reg"], losses["loss_box_reg"]]}` they
 are two passes.
 
-Versions: not in our tests, since the packages of torchvision want the CUDA build of torch. RUN
+Versions: run by hand on 2026-11-29, with torchvision 0.28.0 and torch 2.13.0 on a CPU, without
+torchvision's compiled operators, which SSDlite does not use in training; and three steps of
+Faster R-CNN, in two and in four tasks, with operators written in Python. The packages of
+torchvision want the CUDA build of torch, so our tests run this script only where they find it.
 """
 
 import torch

@@ -21,7 +21,8 @@ def with_pcgrad_on_all() -> TwoHeads:
     optimizer = PCGrad(SGD(model.parameters(), lr=0.02))
     for _ in range(STEPS):
         optimizer.zero_grad()
-        optimizer.pc_backward([*task_losses(model(inputs), targets).values()])
+        losses = [*task_losses(model(inputs), targets).values()]
+        optimizer.pc_backward(losses)  # type: ignore[arg-type]  # its types are wrong
         optimizer.step()
     return model
 

@@ -10,9 +10,15 @@ import examples
 
 RECIPES = [module.name for module in iter_modules(examples.__path__)]
 RECIPES.remove("problem")
+# Those that want the CUDA build of torch: run by hand, and here where they are found.
+NEEDED = {
+    "torchvision_detection": "torchvision",
+    "ultralytics_yolo": "ultralytics",
+}
 
 
-# As in test_lightning.
+# As in test_lightning, and in test_peft_lora.
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 @pytest.mark.usefixtures("fresh_state")
@@ -23,6 +29,8 @@ def test_a_recipe_runs_and_leaves_nothing_behind(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    if name in NEEDED:
+        pytest.importorskip(NEEDED[name])
     monkeypatch.chdir(tmp_path)
     import_module(f"examples.{name}").main()
     assert list(tmp_path.iterdir()) == []
