@@ -2,7 +2,7 @@
 
 Run it with `python -m examples.continual_learning`.
 
-For whom: tasks come one after another, and the data of the earlier ones are gone but for a few
+For whom: tasks come one after another, and the data of earlier ones are gone but for a few
 examples of each.
 
 What changes: the losses on those memories go into `backward` beside the loss of the new task.
