@@ -1,4 +1,9 @@
-"""How Sphinx makes the API reference: `sphinx-build -W docs OUT`."""
+"""How Sphinx makes the reference and a page of each recipe: `sphinx-build -W docs OUT`."""
+
+import ast
+from pathlib import Path
+
+from sphinx.application import Sphinx
 
 project = "ghopt"
 copyright = "the ghopt authors"
@@ -13,3 +18,28 @@ add_module_names = False
 # A default that is a function has no address in it.
 autodoc_preserve_defaults = True
 napoleon_use_ivar = True
+# Docstrings of recipes set code in single backticks.
+default_role = "code"
+
+
+def write_recipes(app: Sphinx) -> None:
+    """Make a page of each script in examples/: its docstring, and the code below it."""
+    pages = Path(app.srcdir, "recipes")
+    pages.mkdir(exist_ok=True)
+    for page in pages.glob("*.rst"):
+        page.unlink()
+    for script in Path(app.srcdir).parent.glob("examples/[!_]*.py"):
+        module = ast.parse(script.read_text())
+        title, _, prose = (ast.get_docstring(module) or "").partition("\n")
+        code = (
+            f".. literalinclude:: ../../examples/{script.name}\n"
+            f"   :lines: {(module.body[0].end_lineno or 0) + 2}-\n"
+        )
+        title = title.rstrip(".")
+        page = pages / f"{script.stem}.rst"
+        page.write_text(f"{title}\n{'=' * len(title)}\n{prose}\n\n{code}")
+
+
+def setup(app: Sphinx) -> None:
+    """Call `write_recipes` before Sphinx looks for pages."""
+    app.connect("builder-inited", write_recipes)

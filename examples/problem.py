@@ -37,3 +37,10 @@ def task_losses(outputs: tuple[Tensor, Tensor], targets: Tensor) -> dict[str, Te
         "up": (up - targets[:, 0]).square().mean(),
         "down": (down - targets[:, 1]).square().mean(),
     }
+
+
+def difference(first: nn.Module, second: nn.Module) -> float:
+    """Give the largest difference between the parameters of two models."""
+    pairs = zip(first.parameters(), second.parameters(), strict=True)
+    with torch.no_grad():
+        return max(float((one - other).abs().max()) for one, other in pairs)

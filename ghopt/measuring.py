@@ -53,26 +53,32 @@ def check_weighting(weighting: object) -> None:
     """Refuse a weighting that does not map a Gramian to weights.
 
     Raises:
-        TypeError: if ``weighting`` is not callable, or an aggregator of TorchJD, which
-            maps a Jacobian ``[K, N]`` to a gradient ``[N]``: with a Gramian it runs, too.
+        TypeError: if ``weighting`` is not callable; a class, where an object of it is
+            meant; or an aggregator of TorchJD, or its ``ExcessMTLWeighting``. These map a
+            Jacobian ``[K, N]``, and with a Gramian they run, too.
     """
     if not callable(weighting):
         raise TypeError(f"weighting must be callable, got {weighting!r}")
-    kinds = {
-        kind.__name__
-        for kind in type(weighting).__mro__
-        if kind.__module__.startswith("torchjd.")
+    kind = weighting if isinstance(weighting, type) else type(weighting)
+    name = kind.__name__
+    of_torchjd = {
+        parent.__name__
+        for parent in kind.__mro__
+        if parent.__module__.startswith("torchjd.")
     }
-    if "Aggregator" in kinds:
-        name = type(weighting).__name__
-        module = sys.modules["torchjd.aggregation"]
-        there_is = hasattr(module, f"{name}Weighting")
-        cure = (
-            f"{name}Weighting()" if there_is else "one of its weightings, if it has one"
-        )
+    if of_torchjd & {"Aggregator", "ExcessMTLWeighting"}:
+        twin = f"{name}Weighting"
+        has_twin = hasattr(sys.modules["torchjd.aggregation"], twin)
+        is_of_gramians = has_twin and twin != "ExcessMTLWeighting"
+        cure = f"{twin}()" if is_of_gramians else "one of its weightings of a Gramian"
         raise TypeError(
-            f"weighting must map a Gramian to weights, got the aggregator {name}(): pass "
-            f"{cure}"
+            "weighting must map a Gramian to weights, not the gradients, as TorchJD's "
+            f"{name}(): pass {cure}"
+        )
+    if isinstance(weighting, type):
+        raise TypeError(
+            f"weighting must map a Gramian to weights, got the class {name}: pass an "
+            f"object of it, as {name}()"
         )
 
 

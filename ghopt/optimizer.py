@@ -123,7 +123,7 @@ class HarmonizedOptimizer(Wrapper):
 
     Raises:
         TypeError: if ``base_optimizer`` is no optimizer or harmonized already,
-            ``weighting`` not callable or an aggregator of TorchJD, ``shared_params`` no
+            ``weighting`` not callable, a class or an aggregator of TorchJD, ``shared_params`` no
             iterable of parameters, ``measure_every`` no whole number, ``protect`` a bare
             string, no iterable or one of other things.
         ValueError: if ``shared_params`` is empty or holds one that is not in

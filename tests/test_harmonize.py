@@ -205,11 +205,26 @@ def test_an_aggregator_of_torchjd_is_refused(aggregator: Any, where: str) -> Non
         uses[where]()
 
 
-def test_an_aggregator_without_a_weighting_is_refused_too() -> None:
+@pytest.mark.parametrize("name", ["ConFIG", "ExcessMTL", "ExcessMTLWeighting"])
+def test_what_takes_gradients_and_has_no_twin_of_gramians_is_refused_too(
+    name: str,
+) -> None:
     model, losses = conflict()
-    aggregator: Any = torchjd.aggregation.ConFIG()
-    with pytest.raises(TypeError, match=r"ConFIG\(\): pass one of its weightings"):
+    of_gradients: Any = getattr(torchjd.aggregation, name)()
+    with pytest.raises(TypeError, match=rf"{name}\(\): pass one of its weightings"):
+        harmonized_loss(losses, model.parameters(), of_gradients)
+
+
+def test_a_class_is_refused_where_an_object_of_it_is_meant() -> None:
+    model, losses = conflict()
+    aggregator: Any = UPGrad
+    with pytest.raises(TypeError, match=r"UPGrad\(\): pass UPGradWeighting\(\)"):
         harmonized_loss(losses, model.parameters(), aggregator)
+    weighting: Any = UPGradWeighting
+    with pytest.raises(
+        TypeError, match=r"the class UPGradWeighting: .* UPGradWeig.*\(\)"
+    ):
+        harmonized_loss(losses, model.parameters(), weighting)
 
 
 def test_its_weighting_is_welcome() -> None:
