@@ -1,0 +1,1 @@
+"""Around the optimizer, for frameworks that own the loop; each is imported where it is used."""
