@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import wraps
+from inspect import signature
 from typing import Any, TypeAlias
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from ghopt.losses import Loss, scalars_of, summed_up
+from ghopt.losses import named_losses, summed_up
 from ghopt.measuring import Harmonization
 from ghopt.optimizer import HarmonizedOptimizer
 
@@ -67,14 +68,16 @@ class HarmonizedModule(LightningModule):
 
     Raises:
         TypeError: while training, if ``training_step`` returns anything but a mapping or
-            None, or ``configure_optimizers`` anything but one ``HarmonizedOptimizer``.
+            None, ``configure_optimizers`` anything but one ``HarmonizedOptimizer``, or
+            if the strategy wraps the module in anything but DDP.
         ValueError: likewise, if a task is called "loss", or for what
             ``HarmonizedOptimizer.backward`` refuses.
-        RuntimeError: likewise, if the strategy wraps the module in anything but DDP, or
-            ``backward`` is called by ``manual_backward``.
+        RuntimeError: likewise, if ``backward`` is called by ``manual_backward``.
     """
 
-    _losses: Mapping[str, Loss] | None = None  # of the micro-batch before its backward
+    # Of the micro-batch before its backward: the losses, and their sum.
+    _losses: Mapping[str, Tensor] | None = None
+    _total: Tensor | None = None
     _is_in_training_step = False
     _is_last = False  # whether a step follows on this micro-batch
 
@@ -90,23 +93,23 @@ class HarmonizedModule(LightningModule):
 
         Args:
             loss: sum of the losses that ``training_step`` returned, divided and scaled
-                by Lightning: each loss counts with the factor that it has in there.
+                by Lightning; each loss is multiplied by the same factor.
             args: unused; Lightning gives some for manual optimization alone.
             kwargs: likewise.
         """
         del args, kwargs
-        optimizer, losses = self._harmonized(), self._losses
-        self._losses = None
-        if losses is None:
+        optimizer, losses, total = self._harmonized(), self._losses, self._total
+        self._losses = self._total = None
+        if losses is None or total is None:
             raise RuntimeError(
                 "automatic_optimization must be True in a HarmonizedModule, got a "
                 "backward() without losses of training_step(). For manual optimization "
                 "take a LightningModule, and optimizer.backward(losses, "
                 "backward_fn=self.manual_backward)"
             )
+        (factor,) = torch.autograd.grad(loss, total, retain_graph=True)
         optimizer.backward(
-            losses,
-            total=loss,
+            {name: factor * part for name, part in losses.items()},
             accumulate_only=not self._is_last,
             sync_group=self._replica(),
         )
@@ -142,7 +145,7 @@ class HarmonizedModule(LightningModule):
     def configure_gradient_clipping(
         self,
         optimizer: Optimizer,
-        gradient_clip_val: int | float | None = None,
+        gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Harmonize what still waits, where the last batch was skipped, and clip.
@@ -172,7 +175,7 @@ class HarmonizedModule(LightningModule):
 
     def _keep(self, losses: Any) -> dict[str, Tensor] | None:
         """Keep the losses for ``backward``, and give Lightning their sum."""
-        self._losses = None
+        self._losses = self._total = None
         if losses is None:
             return None
         if not isinstance(losses, Mapping):
@@ -185,10 +188,10 @@ class HarmonizedModule(LightningModule):
                 f"training_step must return no task called 'loss', got {[*losses]}: "
                 "leave the sum out, or give the task another name"
             )
-        named = summed_up(scalars_of(losses))
-        total = summed_up({"loss": [*named.values()]})
-        self._losses = losses
-        return total | {name: loss.detach() for name, loss in named.items()}
+        self._losses = named = named_losses(losses)
+        self._total = summed_up({"loss": [*named.values()]})["loss"]
+        detached = {name: loss.detach() for name, loss in named.items()}
+        return {"loss": self._total, **detached}
 
     def _harmonized(self) -> HarmonizedOptimizer:
         """Give the optimizer of ``configure_optimizers``."""
@@ -208,7 +211,7 @@ class HarmonizedModule(LightningModule):
             return None
         if not isinstance(model, DistributedDataParallel):
             name = type(self.trainer.strategy).__name__
-            raise RuntimeError(
+            raise TypeError(
                 f"strategy must be one for a single device or 'ddp', got {name}"
             )
         return model
@@ -229,4 +232,6 @@ def _keeping(step: _Step) -> _Step:
         return self._keep(losses)
 
     training_step.keeps_losses = True  # type: ignore[attr-defined]  # a mark
+    # Lightning asks which arguments it takes, and looks through one wrapper at most.
+    training_step.__signature__ = signature(step)  # type: ignore[attr-defined]
     return training_step
