@@ -84,9 +84,10 @@ class HarmonizedTrainer(Trainer):
         """Give the losses of a micro-batch by task, with your weights in them.
 
         By default those of ``outputs["loss_dict"]``, each with the factor that the model
-        gives it in ``outputs["loss"]``, if there is one. The losses of earlier layers are
-        one task with that of the last: ``loss_ce_0`` with ``loss_ce``. What does not
-        require grad is no task; so in evaluation ``outputs["loss"]`` is all.
+        gives it in ``outputs["loss"]``, if there is one; none may be computed from
+        another. The losses of earlier layers are one task with that of the last:
+        ``loss_ce_0`` with ``loss_ce``. What does not require grad is no task, nor is
+        ``outputs["loss"]`` itself. In evaluation that is all.
 
         Args:
             outputs: of the model.

@@ -1,8 +1,9 @@
 """Hugging Face Trainer: a model with a dict of losses, against a literal loop."""
 
+import copy
 import importlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,13 @@ from accelerate import DistributedType
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
-from transformers import TrainingArguments
+from transformers import (
+    DetrConfig,
+    DetrForObjectDetection,
+    ResNetConfig,
+    Trainer,
+    TrainingArguments,
+)
 
 from examples.hf_trainer import LossModel, Rows
 from examples.problem import TwoHeads, make_data, task_losses
@@ -40,7 +47,7 @@ def arguments(folder: Path, **options: Any) -> TrainingArguments:
         "save_strategy": "no",
         "disable_tqdm": True,
         "report_to": "none",
-        "label_names": ["targets", "labels"],
+        "label_names": ["targets"],
     }
     return TrainingArguments(str(folder), **(defaults | options))
 
@@ -190,18 +197,25 @@ class Weighted(nn.Module):
         self.heads = heads()
 
     def forward(self, inputs: Tensor, targets: Tensor) -> dict[str, Any]:
-        up, down = task_losses(self.heads(inputs), targets).values()
-        losses = {"up": up, "down": down, "up_0": up.sqrt(), "up_aux_1": up.square()}
-        loss = 0.5 * up + 2 * down + 0.1 * losses["up_0"] + 0.2 * losses["up_aux_1"]
-        return {
-            "loss": loss,
-            "loss_dict": {**losses, "error": up.detach().sqrt(), "total": loss},
+        outputs = self.heads(inputs)
+        up, down = task_losses(outputs, targets).values()
+        error = outputs[0] - targets[:, 0]
+        losses = {
+            "up": up,
+            "down": down,
+            "up_0": error.abs().mean(),
+            "up_aux_1": error.square().square().mean(),
         }
+        loss = 0.5 * up + 2 * down + 0.1 * losses["up_0"] + 0.2 * losses["up_aux_1"]
+        log = {"error": error.detach().abs().max(), "total": loss}
+        return {"loss": loss, "loss_dict": losses | log}
 
 
 def weighted(model: nn.Module, batch: oracle.MicroBatch) -> list[Tensor]:
+    inputs, targets = batch
     up, down = oracle.of_both_heads(model, batch)
-    return [0.5 * up + 0.1 * up.sqrt() + 0.2 * up.square(), 2 * down]
+    error = model(inputs)[0] - targets[:, 0]
+    return [0.5 * up + (0.1 * error.abs() + 0.2 * error**4).mean(), 2 * down]
 
 
 def test_losses_have_the_weights_of_the_model_and_earlier_layers_are_no_tasks(
@@ -230,6 +244,76 @@ def test_a_loss_dict_without_a_loss_is_summed(tmp_path: Path) -> None:
     assert trainer.evaluate(Rows(*data))["eval_loss"] == pytest.approx(
         sum(loss.item() for loss in task_losses(model(data[0]), data[1]).values())
     )
+
+
+def detection() -> tuple[nn.Module, list[dict[str, Any]]]:
+    """Give a small DETR with auxiliary losses, and six images."""
+    backbone = ResNetConfig(
+        embedding_size=8,
+        hidden_sizes=[8, 8],
+        depths=[1, 1],
+        layer_type="basic",
+        out_features=["stage2"],
+    )
+    config = DetrConfig(
+        use_timm_backbone=False,
+        backbone_config=backbone,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        num_queries=4,
+        auxiliary_loss=True,
+        dropout=0,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = DetrForObjectDetection(config)
+        images = torch.randn(6, 3, 32, 32)
+        boxes = torch.rand(6, 1, 4) / 2
+    labels = [{"class_labels": torch.tensor([1]), "boxes": box} for box in boxes]
+    pairs = zip(images, labels, strict=True)
+    return model, [{"pixel_values": image, "labels": label} for image, label in pairs]
+
+
+def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    images = torch.stack([row["pixel_values"] for row in rows])
+    return {"pixel_values": images, "labels": [row["labels"] for row in rows]}
+
+
+@pytest.fixture
+def _wide_by_default() -> Iterator[None]:
+    """DETR makes tensors of the default dtype."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("_wide_by_default")
+def test_detr_has_three_tasks_and_on_their_sum_trains_as_with_the_plain_trainer(
+    tmp_path: Path,
+) -> None:
+    model, rows = detection()
+    plain = copy.deepcopy(model)
+    options = arguments(
+        tmp_path,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_grad_norm=0.1,
+        remove_unused_columns=False,
+        label_names=["labels"],
+    )
+    given: dict[str, Any] = {"train_dataset": rows, "data_collator": collate}
+    wrap = partial(HarmonizedOptimizer, weighting=plain_sum)
+    trainer = HarmonizedTrainer(model, options, harmonize=wrap, **given)
+    result = trainer.train()
+    expected = Trainer(plain, options, **given).train()
+    assert trainer.model_accepts_loss_kwargs
+    exact(weights(model), weights(plain))
+    assert result.training_loss == pytest.approx(expected.training_loss)
+    optimizer: Any = trainer.optimizer
+    assert optimizer.optimizer.last.names == ("loss_ce", "loss_bbox", "loss_giou")
 
 
 class Outputs(nn.Module):
@@ -268,7 +352,7 @@ def test_losses_of_outputs_are_divided_once_whatever_the_model_takes(
     data, model, expected = wide(make_data()), Outputs(), heads()
     trainer = OfOutputs(
         model,
-        arguments(tmp_path, gradient_accumulation_steps=2),
+        arguments(tmp_path, gradient_accumulation_steps=2, label_names=["labels"]),
         train_dataset=Labelled(*data),
         optimizers=(sgd(model), None),
     )
@@ -340,7 +424,7 @@ def test_losses_that_the_model_divides_are_divided_by_no_one_else(
     model, expected = Tokens(), Tokens()
     trainer = Scaled(
         model,
-        arguments(tmp_path, gradient_accumulation_steps=2),
+        arguments(tmp_path, gradient_accumulation_steps=2, label_names=["labels"]),
         train_dataset=Labelled(*token_data()),
         optimizers=(sgd(model), None),
     )
@@ -354,8 +438,12 @@ def test_evaluation_takes_the_loss_of_the_model(tmp_path: Path) -> None:
     trainer = make(tmp_path, model, data)
     found = trainer.evaluate(Rows(*data))["eval_loss"]
     # The mean over batches of one size.
-    losses = [sum(weighted(model.heads, batch)) for (batch,) in steps_of(data)]
-    assert found == pytest.approx(sum(float(loss) for loss in losses) / len(losses))
+    losses = [
+        loss.item()
+        for (batch,) in steps_of(data)
+        for loss in weighted(model.heads, batch)
+    ]
+    assert found == pytest.approx(2 * sum(losses) / len(losses))
 
 
 class Returning(nn.Module):
