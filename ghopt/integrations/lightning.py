@@ -175,7 +175,6 @@ class HarmonizedModule(LightningModule):
 
     def _keep(self, losses: Any) -> dict[str, Tensor] | None:
         """Keep the losses for ``backward``, and give Lightning their sum."""
-        self._losses = self._total = None
         if losses is None:
             return None
         if not isinstance(losses, Mapping):

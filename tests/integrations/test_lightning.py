@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -500,6 +501,15 @@ def test_manual_optimization_takes_three_lines(scale: float | None) -> None:
 def test_manual_optimization_of_a_harmonized_module_is_refused() -> None:
     with pytest.raises(RuntimeError, match="automatic_optimization must be True"):
         train(ManualMixed(), wide(make_data()))
+
+
+def test_ghopt_itself_imports_no_framework() -> None:
+    code = (
+        "import sys, ghopt, ghopt.integrations; "
+        "print({'lightning', 'transformers', 'accelerate'} & sys.modules.keys())"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert run.stdout.strip() == b"set()"
 
 
 def test_without_lightning_the_error_names_the_extra(

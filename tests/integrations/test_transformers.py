@@ -248,16 +248,19 @@ def test_a_loss_dict_without_a_loss_is_summed(tmp_path: Path) -> None:
 
 def detection() -> tuple[nn.Module, list[dict[str, Any]]]:
     """Give a small DETR with auxiliary losses, and six images."""
-    backbone = ResNetConfig(
-        embedding_size=8,
-        hidden_sizes=[8, 8],
-        depths=[1, 1],
-        layer_type="basic",
-        out_features=["stage2"],
-    )
+    backbone: dict[str, Any] = {
+        "embedding_size": 8,
+        "hidden_sizes": [8, 8],
+        "depths": [1, 1],
+        "layer_type": "basic",
+        "out_features": ["stage2"],
+    }
+    without_timm: dict[str, Any] = {
+        "use_timm_backbone": False,
+        "backbone_config": ResNetConfig(**backbone),
+    }
     config = DetrConfig(
-        use_timm_backbone=False,
-        backbone_config=backbone,
+        **without_timm,
         d_model=16,
         encoder_layers=1,
         decoder_layers=2,
