@@ -67,7 +67,7 @@ def main() -> None:
             LossModel(model),
             arguments,
             train_dataset=Rows(*make_data()),
-            # To leave it out is to take gh, and no option.
+            # Without it: gh, and no option.
             harmonize=partial(HarmonizedOptimizer, project_step=True),
         )
         trainer.train()

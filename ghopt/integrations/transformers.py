@@ -67,6 +67,9 @@ class HarmonizedTrainer(Trainer):
             (``n_gpu``), or the processes run anything but DDP.
     """
 
+    # As in Trainer, and for versions that do not have it.
+    loss_is_scaled_for_ga: bool | None = None
+
     def __init__(
         self,
         *args: Any,
@@ -87,7 +90,8 @@ class HarmonizedTrainer(Trainer):
         gives it in ``outputs["loss"]``, if there is one; none may be computed from
         another. The losses of earlier layers are one task with that of the last:
         ``loss_ce_0`` with ``loss_ce``. What does not require grad is no task, nor is
-        ``outputs["loss"]`` itself. In evaluation that is all.
+        ``outputs["loss"]`` itself. In evaluation nothing requires grad, and the loss is
+        ``outputs["loss"]``.
 
         Args:
             outputs: of the model.
@@ -98,7 +102,8 @@ class HarmonizedTrainer(Trainer):
             their sum is the loss.
 
         Raises:
-            ValueError: if there is no ``loss_dict``, or ``loss`` is not made of it alone.
+            ValueError: if there is no ``loss_dict``, or ``loss`` is not made of it alone,
+                outside of what is compiled.
         """
         del inputs
         given = outputs.get("loss_dict") if isinstance(outputs, Mapping) else None
@@ -121,9 +126,9 @@ class HarmonizedTrainer(Trainer):
                 live = as_in_total(live, loss)
             except ValueError as error:
                 raise ValueError(
-                    "outputs['loss'] must be made of outputs['loss_dict'] alone; "
-                    "override losses(outputs, inputs), and return the losses with the "
-                    f"weights that they are to have. ({error})"
+                    "outputs['loss'] must be made of outputs['loss_dict'] alone, and not "
+                    "by a compiled model; override losses(outputs, inputs), and return the "
+                    f"losses with the weights that they are to have. ({error})"
                 ) from error
         tasks: dict[str, list[Tensor]] = {}
         for name, part in (live or given).items():
