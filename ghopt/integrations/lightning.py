@@ -84,9 +84,8 @@ class HarmonizedModule(LightningModule):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Have ``training_step`` keep the losses, whichever class defines it."""
         super().__init_subclass__(**kwargs)
-        step: _Step = cls.training_step
-        if not hasattr(step, "keeps_losses"):
-            cls.training_step = _keeping(step)  # type: ignore[method-assign]  # it is one
+        step = _keeping(cls.training_step)
+        cls.training_step = step  # type: ignore[method-assign]  # it is one
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Run one backward pass per task, and harmonize where a step follows.
@@ -230,7 +229,6 @@ def _keeping(step: _Step) -> _Step:
             self._is_in_training_step = False
         return self._keep(losses)
 
-    training_step.keeps_losses = True  # type: ignore[attr-defined]  # a mark
     # Lightning asks which arguments it takes, and looks through one wrapper at most.
     training_step.__signature__ = signature(step)  # type: ignore[attr-defined]
     return training_step
