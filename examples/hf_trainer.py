@@ -1,33 +1,35 @@
-"""Hugging Face Trainer: one method, `training_step`, is replaced.
+"""Hugging Face Trainer: a model that returns `loss_dict` needs another Trainer, no more.
 
 Run it with `python -m examples.hf_trainer`. Accumulation, clipping, precision, checkpoints
-and processes are arguments of the Trainer. The model returns its losses, not their sum.
+and processes are arguments of the Trainer. For a model without `loss_dict` a subclass has
+a method `losses(outputs, inputs)`.
 """
 
+from functools import partial
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any
 
 import torch
-from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
-from torch.optim import SGD
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from examples.problem import TwoHeads, make_data, task_losses
 from ghopt import HarmonizedOptimizer
+from ghopt.integrations.transformers import HarmonizedTrainer
 
 
 class LossModel(nn.Module):
-    """A model as the Trainer wants it: from a batch to its losses."""
+    """A model as the Trainer wants it: from a batch to its loss, and what it is made of."""
 
     def __init__(self, model: TwoHeads) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Give the loss of each task."""
-        return task_losses(self.model(inputs), targets)
+    def forward(self, inputs: Tensor, targets: Tensor) -> dict[str, Any]:
+        """Give the loss, and that of each task."""
+        losses = task_losses(self.model(inputs), targets)
+        return {"loss": torch.stack([*losses.values()]).sum(), "loss_dict": losses}
 
 
 class Rows(Dataset[dict[str, Tensor]]):
@@ -45,53 +47,6 @@ class Rows(Dataset[dict[str, Tensor]]):
         return {"inputs": self.inputs[index], "targets": self.targets[index]}
 
 
-class HarmonizedTrainer(Trainer):
-    """A Trainer whose optimizer is a ``HarmonizedOptimizer``."""
-
-    def training_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor:
-        """Run one pass per task on a micro-batch.
-
-        Returns:
-            The sum of the losses, for the log.
-        """
-        del num_items_in_batch
-        model.train()
-        inputs = self._prepare_inputs(inputs)
-        accelerator = self.accelerator
-        # no_sync: each task is averaged over the processes by itself, see sync_group.
-        with accelerator.no_sync(model):
-            with self.compute_loss_context_manager():
-                losses = model(**inputs)
-            steps = self.current_gradient_accumulation_steps
-            losses = {name: loss / steps for name, loss in losses.items()}
-            prepared = cast(AcceleratedOptimizer, self.optimizer)
-            prepared.optimizer.backward(
-                losses,
-                backward_fn=accelerator.backward,
-                accumulate_only=not accelerator.sync_gradients,
-                sync_group=True if accelerator.num_processes > 1 else None,
-            )
-        return torch.stack([loss.detach() for loss in losses.values()]).sum()
-
-
-def make_trainer(
-    model: TwoHeads, data: Rows, arguments: TrainingArguments
-) -> HarmonizedTrainer:
-    """Give a Trainer that steps on harmonized gradients."""
-    base = SGD(model.parameters(), lr=0.02, momentum=0.9)
-    return HarmonizedTrainer(
-        LossModel(model),
-        arguments,
-        train_dataset=data,
-        optimizers=(HarmonizedOptimizer(base), None),
-    )
-
-
 def main() -> None:
     """Train in bfloat16 for ten epochs of four steps."""
     model = TwoHeads()
@@ -100,6 +55,7 @@ def main() -> None:
             folder,
             use_cpu=True,
             bf16=True,
+            learning_rate=0.02,
             num_train_epochs=10,
             per_device_train_batch_size=8,
             gradient_accumulation_steps=2,
@@ -107,7 +63,14 @@ def main() -> None:
             save_strategy="no",
             report_to="none",
         )
-        make_trainer(model, Rows(*make_data()), arguments).train()
+        trainer = HarmonizedTrainer(
+            LossModel(model),
+            arguments,
+            train_dataset=Rows(*make_data()),
+            # Without it: gh, and no option.
+            harmonize=partial(HarmonizedOptimizer, project_step=True),
+        )
+        trainer.train()
     inputs, targets = make_data()
     print(task_losses(model.cpu()(inputs), targets))
 

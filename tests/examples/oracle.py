@@ -70,6 +70,7 @@ def train(
     make_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
     autocast: torch.dtype | None = None,
     scale: float = 1,
+    optimizer: Optimizer | None = None,
 ) -> int:
     """Train on steps of micro-batches of one size, and count those in conflict.
 
@@ -82,9 +83,10 @@ def train(
         make_scheduler: its scheduler makes a step after each step.
         autocast: precision of the forward pass.
         scale: of the losses in the backward pass.
+        optimizer: steps on; by default a new one.
     """
     parameters = list(model.parameters())
-    optimizer = sgd(model)
+    optimizer = sgd(model) if optimizer is None else optimizer
     scheduler = None if make_scheduler is None else make_scheduler(optimizer)
     conflicts = 0
     for micro_batches in steps:
