@@ -6,14 +6,18 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-import torch._functorch.config as autograd
-import torch.compiler.config as compiler
+import torch._functorch.config
+import torch.compiler.config
 from torch import nn
 from torch._guards import TracingContext, tracing
 from torch._inductor.codecache import compiled_fx_graph_hash
 from torch.fx import symbolic_trace
 
 from ghopt.compiled import keep_buffers
+
+# The modules of options make their attributes as they are asked for.
+autograd: Any = torch._functorch.config
+compiler: Any = torch.compiler.config
 
 
 def in_a_thread(config: ModuleType, name: str) -> Any:
@@ -28,8 +32,7 @@ def in_a_thread(config: ModuleType, name: str) -> Any:
 @pytest.fixture(autouse=True)
 def _leave_options() -> Iterator[None]:
     """Put back, for all threads and for this one, what a test sets."""
-    names = [(autograd, "donated_buffer"), (compiler, "cache_key_tag")]
-    entries: list[Any] = [config._config[name] for config, name in names]
+    entries = [autograd._config["donated_buffer"], compiler._config["cache_key_tag"]]
     before = [(entry.env_value_default, entry.user_override.get()) for entry in entries]
     yield
     for entry, (everywhere, here) in zip(entries, before, strict=True):
@@ -44,7 +47,7 @@ def test_no_thread_donates_buffers() -> None:
 
 def key_of(donated: list[int] | None) -> str:
     """Make inductor's key of a graph whose backward pass donates buffers."""
-    context = TracingContext(None)
+    context: Any = TracingContext(None)
     context.fw_metadata = SimpleNamespace(bw_donated_idxs=donated)
     graph = symbolic_trace(nn.Tanh())
     with tracing(context):

@@ -208,11 +208,12 @@ def test_an_older_graph_still_serves_one_pass() -> None:
 @looks_at_grad
 def test_a_total_that_was_compiled_earlier_is_refused() -> None:
     weight = nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
+    matrix = torch.eye(2, dtype=torch.float64)
     optimizer = HarmonizedOptimizer(SGD([weight], lr=0.1))
 
     @torch.compile(backend="aot_eager")
     def total(a: Tensor, b: Tensor) -> Tensor:
-        return (a.sin() * b.sin()).sin().sin()
+        return (torch.stack([a, b])[None] @ matrix).tanh().sum()
 
     with torch._functorch.config.patch(donated_buffer=True):
         run(total(weight.sin(), weight.cos()), retain_graph=False)
