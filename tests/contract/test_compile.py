@@ -186,7 +186,7 @@ def test_a_graph_that_is_older_than_ghopt_is_refused_and_nothing_is_lost(
     ]
     assert len(held) == 6
     with pytest.raises(RuntimeError, match=r"compiled before.*torch\.compiler\.reset"):
-        several(compiled(*models.batch(2)), optimizer)
+        several([2 * loss for loss in compiled(*models.batch(2))], optimizer)
     for p, (grad, value) in zip(both[1].parameters(), held, strict=True):
         assert p.grad is grad
         assert grad.equal(value)
@@ -203,6 +203,12 @@ def test_an_older_graph_still_serves_one_pass() -> None:
     other.step(losses=compiled(*models.batch(2))[:1])
     eager.step(losses=both[0](*models.batch(2))[:1])
     assert_close(both[1].state_dict(), both[0].state_dict(), rtol=1e-12, atol=1e-12)
+
+
+def test_a_graph_donates_nothing_where_several_passes_are_its_first() -> None:
+    both = pair(models.heads_on_a_trunk)
+    with torch._functorch.config.patch(donated_buffer=True):
+        check_training(both, torch.compile(both[1], backend="aot_eager"))
 
 
 @looks_at_grad
