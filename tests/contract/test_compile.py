@@ -20,6 +20,7 @@ from torch.testing import assert_close
 
 from ghopt import HarmonizedOptimizer, measure
 from tests import models
+from tests.memory import allocated
 from tests.models import Tasks
 
 Model = Callable[[Tensor, Tensor], list[Tensor]]
@@ -341,6 +342,44 @@ def test_a_plain_training_leaves_no_wrong_graphs_on_the_disk(
     assert hits(HARMONIZED) == 0
     assert hits(HARMONIZED) > 0
     assert hits(PLAIN) > 0
+
+
+def mlp() -> tuple[nn.Module, Tensor]:
+    layers = [nn.Linear(64, 64), nn.LayerNorm(64), nn.GELU()]
+    return nn.Sequential(*layers, *layers, *layers), torch.randn(1024, 64)
+
+
+def transformer() -> tuple[nn.Module, Tensor]:
+    layer = nn.TransformerEncoderLayer(64, 4, 256, 0.0, "gelu", batch_first=True)
+    return layer, torch.randn(16, 64, 64)
+
+
+def peak_of_plain_training(
+    network: Callable[[], tuple[nn.Module, Tensor]], *, donated: bool
+) -> int:
+    """Count the bytes that a compiled training of one loss holds at once."""
+    model, inputs = network()
+    compiled = torch.compile(model)
+
+    def train() -> None:
+        model.zero_grad()
+        run(compiled(inputs).square().mean(), retain_graph=False)
+
+    with torch._functorch.config.patch(donated_buffer=donated):
+        train()
+        return allocated(train)[1]
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.usefixtures("_fast_inductor")
+@pytest.mark.parametrize("network", [mlp, transformer])
+def test_a_plain_training_needs_no_more_memory_where_buffers_are_kept(
+    network: Callable[[], tuple[nn.Module, Tensor]],
+) -> None:
+    given_away = peak_of_plain_training(network, donated=True)
+    torch._dynamo.reset()
+    assert peak_of_plain_training(network, donated=False) == given_away
 
 
 def adamw(params: list[nn.Parameter]) -> Optimizer:
