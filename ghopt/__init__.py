@@ -2,6 +2,7 @@
 
 from ghopt.accumulation import Accumulation
 from ghopt.change import Change
+from ghopt.compiled import keep_buffers
 from ghopt.from_params import HarmonizedFromParams
 from ghopt.geometry import (
     Weighting,
@@ -21,6 +22,9 @@ from ghopt.measuring import Harmonization, harmonized_loss
 from ghopt.optimizer import HarmonizedOptimizer
 from ghopt.recorder import Recorder, measure
 from ghopt.recording import Recording
+
+# Before a model is compiled: this cannot wait for the first optimizer.
+keep_buffers()
 
 __all__ = [
     "Accumulation",

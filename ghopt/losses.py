@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
+from ghopt.compiled import refuse_donated
+
 Loss: TypeAlias = Tensor | Sequence[Tensor]
 """A scalar, or several that are one task: their sum is meant."""
 
@@ -204,6 +206,7 @@ def _factors(losses: Losses, live: _Scalars, total: Tensor) -> _Scalars:
             f"shape {list(leaf.shape)} past them: its gradient there would be lost, so "
             "make that term a loss, or run its backward pass apart"
         )
+    refuse_donated([total])
     found: Sequence[Tensor | None] = torch.autograd.grad(
         total, sources, retain_graph=True, allow_unused=True
     )

@@ -171,6 +171,8 @@ def harmonized_loss(
         TypeError: as :func:`named_losses` and :func:`weigh` do, or if ``params`` are
             no parameters.
         ValueError: likewise, or if no loss reaches any of ``params``.
+        RuntimeError: if a model was compiled and trained before ghopt was imported, and
+            needs ``torch.compiler.reset()``.
     """
     named = named_losses(losses)
     warn_of_many(named)

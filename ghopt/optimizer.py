@@ -255,8 +255,9 @@ class HarmonizedOptimizer(Wrapper):
                 K weights or one that the gradients' dtype cannot hold, there is no
                 process group or it is a model that cannot be used, ranks of sharded
                 parameters would run other passes.
-            RuntimeError: if a pass fails, with its cure if the graph was used before, or
-                if a compiled model fails for donated buffers; if a parameter changes
+            RuntimeError: if a pass fails, with its cure if the graph was used before; if
+                a model was compiled and trained before ghopt was imported, and needs
+                ``torch.compiler.reset()``; if a parameter changes
                 during the passes; if another rank fails or does not come; if a DDP model
                 that the losses reach would average the first pass only, or none.
         """

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ghopt.compiled import refuse_donated
 from ghopt.forms import local, placed_as
 from ghopt.gradients import StoredGradients
 from ghopt.gradients.sums import accumulate
@@ -196,6 +197,8 @@ def _run_all(
     """Run the passes of :func:`run_passes`; give what waits for the averages."""
     # In the order of all tasks, in which ranks send, with those that have no loss here.
     live = [n for n in gradients.names if n in losses and losses[n].requires_grad]
+    retaining = live if retain_graph else live[:-1]
+    refuse_donated(losses[name] for name in retaining)
     places: set[tuple[int, int]] = set()
     apart = {parameter for parameter in roles.summed if parameter.grad is not None}
     averages = []
@@ -206,7 +209,7 @@ def _run_all(
             for parameter in roles.harmonized:
                 parameter.grad = of_task.pop(parameter, None)
             with _with_cure():
-                run(name, losses[name], retain_graph or name != live[-1])
+                run(name, losses[name], name in retaining)
             watch.check()
             for parameter in roles.harmonized:
                 if parameter.grad is not None:
@@ -234,35 +237,18 @@ def runner(backward_fn: BackwardFn | None) -> RunPass:
 
 @contextmanager
 def _with_cure() -> Iterator[None]:
-    """Name the cure of an error of a pass, if it is known."""
+    """Name the cure where the graph is gone."""
     try:
         yield
     except RuntimeError as error:
-        cure = _cure(str(error))
-        if cure is None:
+        if "backward through the graph a second time" not in str(error):
             raise
-        raise RuntimeError(cure) from error
-
-
-def _cure(message: str) -> str | None:
-    """Say what to do about an error of a pass, if it is known."""
-    if "backward through the graph a second time" in message:
-        return (
+        raise RuntimeError(
             "the graph of these losses is gone: a backward pass ran through it before, as "
             "loss.backward() or an earlier backward([...]). Drop that call: with "
             "retain_graph=True its plain gradient would be added to the harmonized one. If "
-            f"you want both, keep the graph there. torch says: {message}"
-        )
-    # A model compiled when its graph was not kept has its backward pass write into what
-    # the forward pass saved, which a second pass would need.
-    if "donated buffers" in message:
-        return (
-            "a compiled model gave away buffers that the passes of later tasks need: set "
-            "torch._functorch.config.donated_buffer = False before compiling, and keep "
-            "torch._inductor.config.fx_graph_cache = False or delete that cache once: it "
-            "hands out graphs compiled under either setting"
-        )
-    return None
+            f"you want both, keep the graph there. torch says: {error}"
+        ) from error
 
 
 def _own(gradient: Tensor, parameter: Tensor, places: set[tuple[int, int]]) -> Tensor:
@@ -288,9 +274,11 @@ def taken(losses: Mapping[str, Tensor], params: Iterable[Tensor]) -> StoredGradi
     Raises:
         TypeError: if ``params`` are no parameters.
         ValueError: if no loss reaches any of ``params``.
+        RuntimeError: see :func:`refuse_donated`.
     """
     wanted = trained(params)
     gradients = StoredGradients(losses, wanted)
+    refuse_donated(losses.values())
     for name, loss in losses.items():
         if loss.requires_grad and wanted:
             found = torch.autograd.grad(

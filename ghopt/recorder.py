@@ -239,6 +239,8 @@ def measure(
             parameters, or the weighting returns no tensor.
         ValueError: if ``losses`` or what the weighting returns is not as described, or
             no loss reaches any of ``params``.
+        RuntimeError: if a model was compiled and trained before ghopt was imported, and
+            needs ``torch.compiler.reset()``.
     """
     named = named_losses(losses)
     warn_of_many(named)

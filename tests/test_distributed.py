@@ -929,6 +929,33 @@ def test_a_compiled_model_is_no_group() -> None:
     assert error.startswith("sync_group must be a DDP model")
 
 
+def train_compiled_replicas(is_outside: bool) -> dict[str, Tensor]:
+    """Compile DDP or what is in it; a step of the plain sum, which DDP averages, first."""
+    model = models.make(models.heads_on_a_trunk, 2)
+    compiled = torch.compile(model, backend="aot_eager")
+    ddp = DistributedDataParallel(model if is_outside else compiled)
+    run: Any = torch.compile(ddp, backend="aot_eager") if is_outside else ddp
+    optimizer = HarmonizedOptimizer(AdamW(model.parameters(), lr=0.01))
+    sum(run(*share(*models.batch(2)))).backward()
+    for step in range(STEPS):
+        with ddp.no_sync():
+            losses = run(*share(*models.batch(2, step)))
+            optimizer.zero_grad()
+            optimizer.backward(losses, sync_group=ddp)
+        optimizer.step()
+    return weights_of(model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_outside", [True, False])
+def test_compiled_replicas_equal_one_process_on_the_whole_batch(
+    is_outside: bool,
+) -> None:
+    expected = one_process(models.heads_on_a_trunk, 2)
+    for weights in run_on_ranks(2, train_compiled_replicas, is_outside):
+        assert_close(weights, expected, rtol=1e-12, atol=1e-12)
+
+
 def wrapped_later() -> list[str]:
     model = models.make(models.heads_on_a_trunk, 2)
     optimizer = HarmonizedOptimizer(SGD(model.parameters()))
