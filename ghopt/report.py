@@ -79,6 +79,10 @@ class Verdict:
     findings: list[str]
     advice: list[str]
 
+    def __str__(self) -> str:
+        """Give all sentences, one a line."""
+        return "\n".join([*self.findings, *self.advice])
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command."""
@@ -99,12 +103,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         out.write_text(page, encoding="utf-8", errors="replace")
     except (ImportError, OSError, ValueError) as error:
         parser.error(str(error))
-    verdict = judge(recording)
-    print("\n".join([*verdict.findings, *verdict.advice, f"Written to {out}."]))
+    print(f"{judge(recording)}\nWritten to {out}.")
 
 
-def make_page(recording: Recording, title: str) -> str:
-    """Make the page.
+class Page(str):
+    """A page of HTML, which a notebook shows in a frame."""
+
+    def _repr_html_(self) -> str:
+        # A frame of its own: its styles would be those of the notebook.
+        return (
+            f'<iframe srcdoc="{escape(self)}" style="width: 100%; height: 40rem; '
+            'border: 0"></iframe>'
+        )
+
+
+def make_page(recording: Recording, title: str) -> Page:
+    """Make the page: a string, which notebooks show.
 
     Raises:
         ImportError: if matplotlib is missing; names the extra that installs it.
@@ -118,13 +132,14 @@ def make_page(recording: Recording, title: str) -> str:
     verdict = judge(recording)
     paragraphs = [f"<li>{escape(text)}</li>" for text in verdict.findings]
     advice = [f"<p>{escape(text)}</p>" for text in verdict.advice]
-    return _PAGE.format(
+    page = _PAGE.format(
         title=escape(title),
         findings="\n".join(paragraphs),
         advice="\n".join(advice),
         table=_table(pairs_of(_finite(recording))),
         plots="\n".join(plots),
     )
+    return Page(page)
 
 
 def judge(recording: Recording) -> Verdict:
@@ -324,9 +339,9 @@ def _advice(
         )
     if not _is_told(conflict, opposed):
         return (
-            "Too short to tell, or too uneven: the steps are so alike, or change so "
-            f"steadily, that {len(recording)} count as "
-            f"{min(conflict.independent, opposed.independent):.0f}. Record longer, a "
+            "Too short to tell, or too uneven: the angles between the tasks are so alike "
+            f"from step to step, or change so steadily, that {len(recording)} steps count "
+            f"as {min(conflict.independent, opposed.independent):.0f}. Record longer, a "
             "whole training if possible; of a whole one the plots say more than a share."
         )
     if opposed.share < RARELY:
