@@ -264,7 +264,9 @@ def test_a_notebook_shows_figures_recordings_and_pages() -> None:
     assert told["text/plain"] == "Recording(names=('<up>', 'down'), steps=2)"
     page = make_page(recording, "run")
     framed, _ = display.format(page)
-    source = re.fullmatch(r'<iframe srcdoc="([^"]*)" [^>]*></iframe>', framed["text/html"])
+    source = re.fullmatch(
+        r'<iframe srcdoc="([^"]*)" [^>]*></iframe>', framed["text/html"]
+    )
     assert source is not None
     assert unescape(source[1]) == page
 
