@@ -254,7 +254,7 @@ def test_a_figure_has_every_plot_that_there_is_something_for() -> None:
 def test_a_notebook_shows_figures_recordings_and_pages() -> None:
     # What IPython makes of the last expression of a cell, without pyplot.
     recording = recording_of(pair(-0.5), pair(0.5), names=("<up>", "down"))
-    display = DisplayFormatter()
+    display: Any = DisplayFormatter()  # its methods have no types
     drawn_as, _ = display.format(figure(recording))
     width, height = png_size(drawn_as["image/png"])
     assert width > 500
