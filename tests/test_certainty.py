@@ -102,7 +102,7 @@ def test_halves_are_counted_apart_and_steps_without_a_value_not_at_all() -> None
 
 
 def test_a_share_is_of_values_below_its_line() -> None:
-    values = torch.tensor([0.1, 0.2, 0.3, 0.4]).double()
+    values = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
     assert share_below(values, 0.25).share == 0.5
     assert share_below(values, 0.2).share == 0.25
 

@@ -153,6 +153,9 @@ def test_tasks_opposed_by_design_are_a_trade_off() -> None:
     assert 'A trade-off, not a conflict: "reconstruction" and "divergence"' in text
     assert 'protect=("reconstruction",)' in text
     assert "worth trying" not in text
+    # The noise of batches leaves less than the opposite.
+    noise = 0.05 * torch.randn(MANY, generator=torch.Generator().manual_seed(0))
+    assert "A trade-off, not a conflict" in said(series(-0.72 + noise.double()))
     # Not where they agree now and then, nor where the angle is less than straight.
     assert "A trade-off" not in said(mixed((110, pair(-0.99)), (10, pair(0.5))))
     assert "A trade-off" not in said(recording_of(*[pair(-0.5)] * MANY))
@@ -165,6 +168,8 @@ def test_tasks_whose_opposition_still_changes_may_be_a_trade_off_or_not() -> Non
     assert 'A trade-off, or a conflict? "a" and "b" want the opposite in 100%' in text
     assert "A trade-off, not a conflict" not in text
     assert "worth trying" in text
+    nearly_right = torch.linspace(-0.04, -0.01, MANY)
+    assert "A trade-off" not in said(series(nearly_right))
 
 
 def test_no_layer_is_called_worst_where_all_tie() -> None:
@@ -231,6 +236,15 @@ def test_a_right_angle_to_the_update_is_not_against_it() -> None:
     for _ in range(MANY):
         recorder.record(Harmonization(("a", "b"), products, torch.ones(2).double()))
     assert "the recorded weights did in 0%" in said(recorder.flush())
+
+
+def test_what_rounding_leaves_of_a_right_angle_is_not_against_it() -> None:
+    low = 1 + 1e-9
+    products = torch.tensor([[1.0, -low], [-low, 4.0]], dtype=torch.float64)
+    recorder = Recorder()
+    for _ in range(MANY):
+        recorder.record(Harmonization(("a", "b"), products, torch.ones(2).double()))
+    assert "In 0% of the steps the plain sum" in said(recorder.flush())
 
 
 def test_steps_that_are_not_finite_are_told_and_left_out() -> None:

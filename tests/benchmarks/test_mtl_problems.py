@@ -501,6 +501,15 @@ def test_the_code_is_drawn_with_the_mean_and_deviation_of_the_encoder() -> None:
     torch.testing.assert_close(parts["reconstruction"], again)
 
 
+def test_the_mean_image_misses_as_much_as_the_page_says() -> None:
+    train, test = digits()
+    mean = train.images.mean(0).clamp(1e-6, 1 - 1e-6).logit().flatten()
+    pixels = test.images.flatten(1)
+    assert float(vae.missed(mean.expand_as(pixels), pixels)) == pytest.approx(
+        68.4, abs=0.05
+    )
+
+
 def test_the_loss_of_the_vae_is_the_sum_of_its_parts() -> None:
     found = vae.start(0).evaluate()
     assert found["ELBO loss"] == found["reconstruction"] + found["KL"]
