@@ -1,9 +1,10 @@
 """Plots of a recording, each on axes of matplotlib: extra ``[plot]``.
 
 Every function draws on the axes that it is given, and returns nothing; ``figure`` makes
-one with all of them.
+one with all of them, which a notebook shows.
 """
 
+import io
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -148,7 +149,7 @@ def plots_of(recording: Recording) -> dict[str, Plot]:
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """Make a figure of some inches that no window shows.
+    """Make a figure of some inches that no window shows, but a notebook does.
 
     Raises:
         ImportError: if matplotlib is missing; names the extra that installs it.
@@ -160,7 +161,16 @@ def new_figure(width: float, height: float) -> "Figure":
             f'{error.name} is missing; install it with: pip install "ghopt[plot]"',
             name=error.name,
         ) from error
-    return Figure(figsize=(width, height), layout="constrained")
+
+    class Shown(Figure):
+        """Notebooks know only figures of pyplot, and would keep them all in memory."""
+
+        def _repr_png_(self) -> bytes:
+            file = io.BytesIO()
+            self.savefig(file, format="png")
+            return file.getvalue()
+
+    return Shown(figsize=(width, height), layout="constrained")
 
 
 def _pair(recording: Recording, i: int, j: int) -> str:

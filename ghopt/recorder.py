@@ -9,6 +9,7 @@ import math
 import weakref
 from collections import deque
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
@@ -224,11 +225,21 @@ def measure(
     backward pass to come. Costs a backward pass per task. Gradients are taken with
     :func:`torch.autograd.grad`: reentrant checkpointing and FSDP2 do not work.
 
+    >>> model = torch.nn.Linear(2, 1)
+    >>> recorder = Recorder()
+    >>> out = model(torch.ones(4, 2))
+    >>> losses = {"up": out.mean(), "down": -2 * out.mean()}
+    >>> found = measure(losses, model.parameters(), recorder=recorder, layers=model)
+    >>> sum(losses.values()).backward()  # and the loop goes on
+    >>> recorder.flush().conflicts[0, 0, 1].item()
+    True
+
     Args:
         losses: one scalar per task, as for ``HarmonizedOptimizer.backward``.
         params: parameters over which the Gramian is taken.
         weighting: from a Gramian, shape ``[K, K]``, to weights, shape ``[K]``.
-        recorder: records what is found.
+        recorder: records what is found, with the weights that the weighting would give.
+            No rule is recorded: the loop steps as it did.
         layers: as for :meth:`Recorder.attach`; for the recorder.
 
     Returns:
@@ -248,7 +259,9 @@ def measure(
     found = measured(gradients, named, weighting)
     if recorder is not None:
         layers_of = _listed(layers)
-        recorder.record(found, layers=_over(layers_of, gradients.gramian))
+        # As of no rule: the report must not take the training for a harmonized one.
+        unruled = replace(found, rule="")
+        recorder.record(unruled, layers=_over(layers_of, gradients.gramian))
     return found
 
 

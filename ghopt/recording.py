@@ -9,6 +9,7 @@ import csv
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from html import escape
 from itertools import combinations, compress, groupby
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from ghopt.geometry import cosines
 from ghopt.lines import Step, append_lines, read_steps
+
+_MOST_ROWS = 30
 
 
 class Logger(Protocol):
@@ -71,6 +74,26 @@ class Recording:
     def __len__(self) -> int:
         """Number of steps."""
         return len(self.steps)
+
+    def __repr__(self) -> str:
+        """Say what is in it: its numbers would fill pages."""
+        parts = [f"names={self.names}", f"steps={len(self)}"]
+        if self.layers:
+            parts.append(f"layers={list(self.layers)}")
+        return f"Recording({', '.join(parts)})"
+
+    def _repr_html_(self) -> str:
+        """Show a notebook how often the pairs most in conflict are in it."""
+        shares = self.conflict_shares
+        worst = sorted(shares, key=lambda pair: -shares[pair])[:_MOST_ROWS]
+        rows = "".join(
+            f"<tr><td>{escape(self.names[i])}</td><td>{escape(self.names[j])}</td>"
+            f"<td>{shares[i, j]:.0%}</td></tr>"
+            for i, j in worst
+        )
+        head = "<tr><th>task</th><th>task</th><th>steps in conflict</th></tr>"
+        table = f"<table>{head}{rows}</table>" if rows else ""
+        return f"<p>{len(self)} steps of {len(self.names)} tasks</p>{table}"
 
     @property
     def pairs(self) -> list[tuple[int, int]]:

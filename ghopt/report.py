@@ -12,14 +12,19 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from ghopt.certainty import Share, share_below
 from ghopt.geometry import plain_sum
 from ghopt.plots import new_figure, plots_of
 from ghopt.recording import Recording
 
-FEWEST_STEPS = 30
+FEWEST_STEPS = 100
 """Of fewer steps nothing is concluded."""
+
+STEADY = 30.0
+"""Independent steps from which on a recording speaks for more than itself."""
 
 RARELY, OFTEN = 0.05, 0.2
 """Shares of the steps below which something is rare, and above which it is frequent."""
@@ -30,8 +35,15 @@ RIGHT = 0.05
 UNEVEN = 10.0
 """Ratio of norms from which on the sum is for the longer gradient alone."""
 
-OPPOSED_BY_DESIGN = -0.95
-"""Median cosine below which two tasks want the opposite, if they nearly always do."""
+OPPOSED_BY_DESIGN = -0.6
+"""Median cosine below which two tasks want the opposite, if they nearly always do.
+
+Opposite gradients of a whole data set are 180 degrees apart, -1. The noise of batches, and
+parameters that only one of the tasks reaches, leave -0.7 to -0.9 of that in a VAE.
+"""
+
+OPPOSED = -1e-6
+"""Cosines below this are no rounding: as in :meth:`ghopt.Recording.opposed`."""
 
 _MOST_ROWS = 30
 
@@ -45,12 +57,14 @@ class Pair:
         share: of the steps with both in which they are in conflict.
         cosine: median of these cosines, 0 if they never are.
         ratio: median of the ratio of the norms, at least 1.
+        independent: as many independent steps would say as much.
     """
 
     names: tuple[str, str]
     share: float
     cosine: float
     ratio: float
+    independent: float
 
 
 @dataclass(frozen=True)
@@ -64,6 +78,10 @@ class Verdict:
 
     findings: list[str]
     advice: list[str]
+
+    def __str__(self) -> str:
+        """Give all sentences, one a line."""
+        return "\n".join([*self.findings, *self.advice])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -85,12 +103,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         out.write_text(page, encoding="utf-8", errors="replace")
     except (ImportError, OSError, ValueError) as error:
         parser.error(str(error))
-    verdict = judge(recording)
-    print("\n".join([*verdict.findings, *verdict.advice, f"Written to {out}."]))
+    print(f"{judge(recording)}\nWritten to {out}.")
 
 
-def make_page(recording: Recording, title: str) -> str:
-    """Make the page.
+class Page(str):
+    """A page of HTML, which a notebook shows in a frame."""
+
+    def _repr_html_(self) -> str:
+        # A frame of its own: its styles would be those of the notebook.
+        return (
+            f'<iframe srcdoc="{escape(self)}" style="width: 100%; height: 40rem; '
+            'border: 0"></iframe>'
+        )
+
+
+def make_page(recording: Recording, title: str) -> Page:
+    """Make the page: a string, which notebooks show.
 
     Raises:
         ImportError: if matplotlib is missing; names the extra that installs it.
@@ -104,13 +132,14 @@ def make_page(recording: Recording, title: str) -> str:
     verdict = judge(recording)
     paragraphs = [f"<li>{escape(text)}</li>" for text in verdict.findings]
     advice = [f"<p>{escape(text)}</p>" for text in verdict.advice]
-    return _PAGE.format(
+    page = _PAGE.format(
         title=escape(title),
         findings="\n".join(paragraphs),
         advice="\n".join(advice),
         table=_table(pairs_of(_finite(recording))),
         plots="\n".join(plots),
     )
+    return Page(page)
 
 
 def judge(recording: Recording) -> Verdict:
@@ -146,27 +175,53 @@ def _judge_finite(recording: Recording) -> Verdict:
             [f"{count} steps were recorded, no two tasks in the same one."],
             ["Tasks that never meet in a step are in conflict with nothing."],
         )
-    any_pair = _mean(recording.conflicts.flatten(1).any(1))
-    opposed = _mean((recording.plain_slopes < 0).any(1))
+    conflict = share_below(_lowest(recording.cosines.flatten(1)))
+    ones = torch.ones_like(recording.weights)
+    opposed = share_below(_lowest(recording.update_cosines(ones)), OPPOSED)
     against = _mean(recording.opposed(recording.weights).any(1))
     findings = [
         (
-            f"In {_percent(any_pair)} of the {count} recorded steps two tasks were in "
-            "conflict: their gradients formed an obtuse angle."
+            f"In {_percent(conflict.share)} of the {count} recorded steps two tasks were "
+            "in conflict: their gradients formed an obtuse angle."
         ),
         (
-            f"In {_percent(opposed)} of the steps the plain sum of the gradients would "
-            "have worked against a task; the recorded weights did in "
+            f"In {_percent(opposed.share)} of the steps the plain sum of the gradients "
+            "would have worked against a task; the recorded weights did in "
             f"{_percent(against)}."
         ),
+        *_about_certainty(count, opposed),
         *_about_steps(recording),
         *_about_pairs(pairs),
         *_about_layers(recording),
         *_about_silent_tasks(recording),
     ]
-    trade_offs = [*_about_trade_offs(count, pairs)]
-    advice = trade_offs or [*_advice(recording, pairs, any_pair, opposed)]
+    if count < FEWEST_STEPS:
+        short = (
+            f"Too short to tell: {count} steps. Record {FEWEST_STEPS} or more, a whole "
+            "training if possible."
+        )
+        return Verdict(findings, [short])
+    advice = [*_about_trade_offs(pairs)] or [
+        *_about_open_cases(pairs),
+        *_advice_on_lengths(pairs),
+        _advice(recording, pairs, conflict, opposed),
+    ]
     return Verdict(findings, [*advice, *_advice_on_steps(recording)])
+
+
+def _about_certainty(count: int, opposed: Share) -> Iterator[str]:
+    if count >= FEWEST_STEPS:
+        yield (
+            f"How sure that is: successive steps are alike, so that {count} count as "
+            f"{opposed.independent:.0f}. In longer recordings of the same the sum works "
+            f"against a task in {_between(opposed)}."
+        )
+        if abs(opposed.last - opposed.first) >= OFTEN:
+            yield (
+                f"It changed: the sum worked against a task in {_percent(opposed.first)} "
+                f"of the first half of the steps, in {_percent(opposed.last)} of the "
+                "second."
+            )
 
 
 def _about_steps(recording: Recording) -> Iterator[str]:
@@ -179,18 +234,35 @@ def _about_steps(recording: Recording) -> Iterator[str]:
         )
 
 
-def _about_trade_offs(count: int, pairs: Sequence[Pair]) -> Iterator[str]:
-    for pair in pairs if count >= FEWEST_STEPS else ():
-        if pair.share > 1 - RARELY and pair.cosine < OPPOSED_BY_DESIGN:
+def _about_trade_offs(pairs: Sequence[Pair]) -> Iterator[str]:
+    for pair in pairs:
+        strong = _is_always_opposed(pair) and pair.cosine < OPPOSED_BY_DESIGN
+        if strong and pair.independent >= STEADY:
             one, other = pair.names
             yield (
                 f"A trade-off, not a conflict: {_both(pair)} want the opposite in "
-                f"{_percent(pair.share)} of their steps, nearly exactly (median cosine "
-                f"{pair.cosine:.2f}), as a loss and its penalty do, or the reconstruction "
-                "and the KL term of a VAE. A weighting would change what you trade: leave "
-                f'them as they are, in one loss, or protect one: protect=("{one}",) or '
-                f'("{other}",).'
+                f"{_percent(pair.share)} of their steps, strongly (median cosine "
+                f"{pair.cosine:.2f}) and steadily, as a loss and its penalty do, or the "
+                "reconstruction and the KL term of a VAE. A weighting would change what "
+                "you trade: leave them as they are, in one loss, or protect one: "
+                f'protect=("{one}",) or ("{other}",).'
             )
+
+
+def _about_open_cases(pairs: Sequence[Pair]) -> Iterator[str]:
+    """Ask where a conflict may be a trade-off, and the recording does not tell."""
+    for pair in pairs:
+        if _is_always_opposed(pair) and pair.independent < STEADY:
+            yield (
+                f"A trade-off, or a conflict? {_both(pair)} want the opposite in "
+                f"{_percent(pair.share)} of their steps, but change too steadily to tell "
+                "whether that lasts. If they are opposed by design, as a loss and its "
+                "penalty are, leave them as they are, in one loss. If not:"
+            )
+
+
+def _is_always_opposed(pair: Pair) -> bool:
+    return pair.share > 1 - RARELY and pair.cosine < -RIGHT
 
 
 def _about_pairs(pairs: Sequence[Pair]) -> Iterator[str]:
@@ -251,58 +323,72 @@ def pairs_of(recording: Recording) -> list[Pair]:
                 share,
                 float(obtuse.median()) if len(obtuse) else 0.0,
                 max(ratio, 1 / ratio),
+                share_below(values).independent,
             )
         )
     return sorted(found, key=lambda pair: -pair.share)
 
 
 def _advice(
-    recording: Recording, pairs: Sequence[Pair], any_pair: float, opposed: float
-) -> Iterator[str]:
-    count = len(recording)
-    if count < FEWEST_STEPS:
-        yield (
-            f"{count} steps are too few to conclude anything: record {FEWEST_STEPS} or "
-            "more, over a whole epoch if possible."
-        )
-        return
-    yield from _advice_on_lengths(pairs)
-    if any_pair < RARELY:
-        yield (
+    recording: Recording, pairs: Sequence[Pair], conflict: Share, opposed: Share
+) -> str:
+    if conflict.share < RARELY and (conflict.far or conflict.high < OFTEN):
+        return (
             "The tasks agree. A weighting would leave almost every step as it is; there "
             "is nothing to gain from one here."
         )
-        return
+    if not _is_told(conflict, opposed):
+        return (
+            "Too short to tell, or too uneven: the angles between the tasks are so alike "
+            f"from step to step, or change so steadily, that {len(recording)} steps count "
+            f"as {min(conflict.independent, opposed.independent):.0f}. Record longer, a "
+            "whole training if possible; of a whole one the plots say more than a share."
+        )
+    if opposed.share < RARELY:
+        return _advice_where_the_sum_serves_all(pairs)
+    if rule := _rule_of(recording):
+        return (
+            f'Recorded was a training with "{rule}", which met a sum that works against a '
+            f"task in {_between(opposed)}. Whether that helps, only the same training "
+            "with plain_sum can tell, at a few loss weights and over several seeds."
+        )
+    if opposed.share >= OFTEN:
+        return (
+            "A weighting is worth trying: the plain sum often works against a task, in "
+            f"{_between(opposed)}. Begin with ghopt.gh, which never opposes one, and "
+            "compare over several seeds."
+        )
+    return (
+        "A weighting may help: the plain sum works against a task now and then, in "
+        f"{_between(opposed)}. Compare ghopt.gh with the sum over several seeds before "
+        "you believe it."
+    )
+
+
+def _is_told(conflict: Share, opposed: Share) -> bool:
+    """Say whether more steps could hardly bring the opposite advice.
+
+    That there is nothing to gain ends the matter, and must be seen in a recording that is
+    steady. That something is worth trying is tried next.
+    """
+    if opposed.low < RARELY and opposed.high >= OFTEN:
+        return False
+    steady = min(conflict.independent, opposed.independent) >= STEADY
+    return steady or opposed.share >= RARELY
+
+
+def _advice_where_the_sum_serves_all(pairs: Sequence[Pair]) -> str:
     strongest = min(pair.cosine for pair in pairs)
-    # Weak ones add up, with many tasks: not where the sum works against one.
-    if strongest > -RIGHT and opposed < RARELY:
-        yield (
+    if strongest > -RIGHT:
+        return (
             f"The conflicts are weak: even the strongest pair is near a right angle "
             f"(median cosine {strongest:.2f}). Gradients of unrelated tasks look like "
             "that, obtuse half of the time by nature. A weighting will change little."
         )
-    elif opposed >= RARELY and (rule := _rule_of(recording)):
-        yield (
-            f'Recorded was a training with "{rule}", which met a sum that works against a '
-            f"task in {_percent(opposed)} of its steps. Whether that helps, only the same "
-            "training with plain_sum can tell, at a few loss weights and over several seeds."
-        )
-    elif opposed >= OFTEN:
-        yield (
-            "A weighting is worth trying: the plain sum often works against a task. "
-            "Begin with ghopt.gh, which never opposes one, and compare over several "
-            "seeds."
-        )
-    elif opposed >= RARELY:
-        yield (
-            "A weighting may help: the plain sum works against a task now and then. "
-            "Compare ghopt.gh with the sum over several seeds before you believe it."
-        )
-    else:
-        yield (
-            "Tasks are in conflict, but their sum seldom works against one: what a "
-            "weighting changes is how fast each of them goes. Expect little."
-        )
+    return (
+        "Tasks are in conflict, but their sum seldom works against one: what a "
+        "weighting changes is how fast each of them goes. Expect little."
+    )
 
 
 def _advice_on_lengths(pairs: Sequence[Pair]) -> Iterator[str]:
@@ -344,6 +430,17 @@ def _finite(recording: Recording) -> Recording:
 
 def _percent(share: float) -> str:
     return "less than 1%" if 0 < share < 0.005 else f"{share:.0%}"
+
+
+def _between(found: Share) -> str:
+    low, high = _percent(found.low), _percent(found.high)
+    return f"{low} to {high} of the steps (95 % sure)"
+
+
+def _lowest(cosines: Tensor) -> Tensor:
+    """Take the lowest cosine of each step, ``[n, m]`` to ``[n]``; NaN if there is none."""
+    lowest = cosines.nan_to_num(torch.inf).amin(1)
+    return lowest.masked_fill(lowest.isinf(), torch.nan)
 
 
 def _mean(flags: Tensor) -> float:

@@ -1,12 +1,16 @@
 """What the plots of a recording show: read back from the drawn axes."""
 
 import math
+import re
+import struct
 import sys
 from dataclasses import replace
+from html import unescape
 from typing import Any
 
 import pytest
 import torch
+from IPython.core.formatters import DisplayFormatter
 from matplotlib.axes import Axes
 from torch import Tensor
 from torch.testing import assert_close
@@ -26,6 +30,7 @@ from ghopt.plots import (
     plots_of,
     weights_over_time,
 )
+from ghopt.report import make_page
 
 
 def recording_of(
@@ -244,6 +249,31 @@ def test_a_figure_has_every_plot_that_there_is_something_for() -> None:
     assert [title for title in titles if title] == [*PLOTS]
     alone = recording_of(torch.ones(1, 2, dtype=torch.float64))
     assert [*plots_of(alone).values()] == [before_and_after, weights_over_time]
+
+
+def test_a_notebook_shows_figures_recordings_and_pages() -> None:
+    # What IPython makes of the last expression of a cell, without pyplot.
+    recording = recording_of(pair(-0.5), pair(0.5), names=("<up>", "down"))
+    display: Any = DisplayFormatter()  # its methods have no types
+    drawn_as, _ = display.format(figure(recording))
+    width, height = png_size(drawn_as["image/png"])
+    assert width > 500
+    assert height > 1000
+    told, _ = display.format(recording)
+    assert "<td>&lt;up&gt;</td><td>down</td><td>50%</td>" in told["text/html"]
+    assert told["text/plain"] == "Recording(names=('<up>', 'down'), steps=2)"
+    page = make_page(recording, "run")
+    framed, _ = display.format(page)
+    source = re.fullmatch(
+        r'<iframe srcdoc="([^"]*)" [^>]*></iframe>', framed["text/html"]
+    )
+    assert source is not None
+    assert unescape(source[1]) == page
+
+
+def png_size(content: bytes) -> tuple[int, ...]:
+    assert content.startswith(b"\x89PNG")
+    return struct.unpack(">II", content[16:24])
 
 
 def test_an_empty_recording_is_refused() -> None:

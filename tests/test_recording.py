@@ -569,6 +569,35 @@ def test_measuring_over_nothing_that_a_loss_reaches_is_refused() -> None:
         measure([], model.parameters())
 
 
+def test_its_repr_says_what_is_in_it() -> None:
+    recorder = Recorder()
+    recorder.record(found([1.0, 0.0], [0.0, 1.0]), layers={"0": torch.eye(2)})
+    recording = recorder.flush()
+    names = recording.names
+    assert repr(recording) == f"Recording(names={names}, steps=1, layers=['0'])"
+    empty = Recorder().flush()
+    assert repr(empty) == "Recording(names=(), steps=0)"
+    assert empty._repr_html_() == "<p>0 steps of 0 tasks</p>"
+
+
+def test_a_measured_loop_is_recorded_with_its_layers_and_no_rule() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 1))
+    recorder = Recorder()
+    for layers in (model, by_layer(model)):
+        out = model(torch.ones(2, 3))
+        losses = {"up": out.mean(), "down": -2 * out.mean()}
+        found = measure(losses, model.parameters(), recorder=recorder, layers=layers)
+        sum(losses.values()).backward()
+        assert found.rule == "gh"
+    recording = recorder.flush()
+    assert recording.rules == ("", "")
+    assert_close(recording.weights, torch.stack([found.weights, found.weights]))
+    assert list(recording.layers) == ["0", "1"]
+    total = torch.stack([*recording.layers.values()]).sum(0)
+    assert_close(total, recording.gramians, rtol=1e-5, atol=1e-8)
+
+
 @pytest.mark.parametrize(
     ("weighting", "name"),
     [

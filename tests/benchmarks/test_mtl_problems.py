@@ -11,10 +11,19 @@ from torch import Tensor, nn
 
 from benchmarks.common.digits import Split
 from benchmarks.mtl.problem import Problem, Training, accuracy, generator
-from benchmarks.mtl.problems import PROBLEMS, adversarial, cells, multimnist, pinn
+from benchmarks.mtl.problems import (
+    PROBLEMS,
+    adversarial,
+    cells,
+    multimnist,
+    pinn,
+    vae,
+)
 from benchmarks.mtl.problems.digits import digits
 from benchmarks.mtl.problems.networks import lenet
-from ghopt import HarmonizedOptimizer, gh
+from benchmarks.mtl.train import harmonized
+from ghopt import HarmonizedOptimizer, Recorder, gh
+from ghopt.report import judge
 
 
 def use_small_digits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,7 +32,7 @@ def use_small_digits(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = torch.rand(10, 1, 16, 16, generator=draws)
     labels = torch.arange(100) % 10
     images = (drawn[labels] + torch.rand(100, 1, 16, 16, generator=draws) / 5) / 1.2
-    for module in (adversarial, multimnist):
+    for module in (adversarial, multimnist, vae):
         monkeypatch.setattr(module, "digits", lambda: (Split(images, labels),) * 2)
         monkeypatch.setattr(module, "TESTS", 8)
 
@@ -456,3 +465,81 @@ def test_a_relative_error_is_0_for_the_solution_and_100_for_nothing() -> None:
     assert pinn.relative_error(torch.zeros_like, solution, points) == pytest.approx(100)
     twice = pinn.relative_error(lambda x: 3 * solution(x), solution, points)
     assert twice == pytest.approx(200)
+
+
+# A variational autoencoder
+
+
+def test_the_divergence_is_that_of_torch() -> None:
+    draws = generator(0)
+    mean, log_variance = torch.randn(2, 5, 3, generator=draws).unbind()
+    encoded = torch.distributions.Normal(mean, (log_variance / 2).exp())
+    prior = torch.distributions.Normal(torch.zeros(5, 3), torch.ones(5, 3))
+    expected = torch.distributions.kl_divergence(encoded, prior).sum(1).mean()
+    torch.testing.assert_close(vae.divergence(mean, log_variance), expected)
+    assert float(vae.divergence(torch.zeros(2, 3), torch.zeros(2, 3))) == 0
+
+
+def test_what_is_missed_is_the_cross_entropy_of_an_image() -> None:
+    logits, pixels = torch.randn(4, 6, generator=generator(0)), torch.rand(4, 6)
+    shown = logits.sigmoid()
+    entropy = -(pixels * shown.log() + (1 - pixels) * (1 - shown).log())
+    torch.testing.assert_close(vae.missed(logits, pixels), entropy.sum() / 4)
+
+
+def test_the_code_is_drawn_with_the_mean_and_deviation_of_the_encoder() -> None:
+    model = vae.Vae()
+    images, noise = torch.rand(3, 1, 16, 16), torch.randn(3, vae.CODE)
+    seen: list[Tensor] = []
+    model.decoder.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    parts = model(images, noise)
+    encoded = model.encoder(images)
+    mean, log_variance = encoded[:, : vae.CODE], encoded[:, vae.CODE :]
+    torch.testing.assert_close(seen[0], mean + log_variance.exp().sqrt() * noise)
+    torch.testing.assert_close(parts["KL"], vae.divergence(mean, log_variance))
+    again = vae.missed(model.decoder(seen[0]), images.flatten(1))
+    torch.testing.assert_close(parts["reconstruction"], again)
+
+
+def test_the_mean_image_misses_as_much_as_the_page_says() -> None:
+    train, test = digits()
+    mean = train.images.mean(0).clamp(1e-6, 1 - 1e-6).logit().flatten()
+    pixels = test.images.flatten(1)
+    assert float(vae.missed(mean.expand_as(pixels), pixels)) == pytest.approx(
+        68.4, abs=0.05
+    )
+
+
+def test_the_loss_of_the_vae_is_the_sum_of_its_parts() -> None:
+    found = vae.start(0).evaluate()
+    assert found["ELBO loss"] == found["reconstruction"] + found["KL"]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_report_calls_a_vae_a_trade_off(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vae, "digits", digits)  # the real ones
+    training = vae.start(seed)
+    optimizer = harmonized(vae.PROBLEM, training, "sum")
+    recorder = Recorder()
+    recorder.attach(optimizer)
+    for batch in islice(training.batches, 200):
+        optimizer.step(losses=training.losses(batch))
+    (advice,) = judge(recorder.flush()).advice
+    assert advice.startswith("A trade-off, not a conflict: ")
+    assert '"reconstruction"' in advice
+    assert '"KL"' in advice
+
+
+@pytest.mark.parametrize("name", ["heat", "cells", "multimnist"])
+def test_the_report_calls_no_conflict_a_trade_off(name: str) -> None:
+    training = PROBLEMS[name].start(0)
+    optimizer = harmonized(PROBLEMS[name], training, "sum")
+    recorder = Recorder()
+    recorder.attach(optimizer)
+    for batch in islice(training.batches, 120):
+        optimizer.step(losses=training.losses(batch))
+    recording = recorder.flush()
+    assert recording.conflicts.any()
+    assert "trade-off" not in " ".join(judge(recording).advice)

@@ -7,6 +7,7 @@ from benchmarks.mtl.problems import (
     multimnist,
     pinn,
     retrieval,
+    vae,
 )
 
 PROBLEMS = {
@@ -18,6 +19,7 @@ PROBLEMS = {
         retrieval.PROBLEM,
         *adversarial.PROBLEMS,
         *pinn.PROBLEMS,
+        vae.PROBLEM,
     )
 }
 """By the names that the commands take."""
