@@ -231,6 +231,17 @@ def test_losses_have_the_weights_of_the_model_and_earlier_layers_are_no_tasks(
     assert optimizer.optimizer.last.names == ("up", "down")
 
 
+def test_only_numbered_losses_belong_to_the_shortest_name_that_they_begin_with(
+    tmp_path: Path,
+) -> None:
+    names = ["a", "a_b", "a_1", "a_1_2", "a_b_1", "ab_1"]
+    losses = {name: torch.ones((), requires_grad=True) for name in names}
+    trainer = make(tmp_path, heads(), make_data())
+    found = trainer.losses({"loss_dict": losses}, {})
+    tasks = {name: len(part) for name, part in found.items()}
+    assert tasks == {"a": 4, "a_b": 1, "ab_1": 1}
+
+
 def test_a_loss_dict_without_a_loss_is_summed(tmp_path: Path) -> None:
     class Bare(LossModel):
         def forward(self, inputs: Tensor, targets: Tensor) -> dict[str, Any]:
