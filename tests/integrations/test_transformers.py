@@ -166,7 +166,9 @@ def test_a_second_training_goes_on_with_the_same_optimizer(tmp_path: Path) -> No
     data, model, expected = wide(make_data()), heads(), heads()
     trainer = make(tmp_path, model, data, num_train_epochs=1)
     trainer.train()
+    first = trainer.optimizer
     trainer.train()
+    assert trainer.optimizer is first
     assert oracle.train(expected, steps_of(data, epochs=2)) > 4
     exact(weights(model), weights(expected))
 
@@ -337,7 +339,10 @@ class Outputs(nn.Module):
         super().__init__()
         self.heads = heads()
 
-    def forward(self, inputs: Tensor, labels: Tensor, **_: Any) -> tuple[Tensor, ...]:
+    def forward(
+        self, inputs: Tensor, labels: Tensor, **more: Any
+    ) -> tuple[Tensor, ...]:
+        assert not more  # nor is it told the number of items
         del labels
         up, down = self.heads(inputs)
         return up, down
