@@ -170,7 +170,7 @@ class HarmonizedTrainer(Trainer):
             ValueError: in training, for what ``HarmonizedOptimizer.backward`` refuses.
         """
         items = num_items_in_batch if self.loss_is_scaled_for_ga else None
-        told = items is not None and self.model_accepts_loss_kwargs
+        told = items is not None  # as the Trainer counts them for models that take them
         # Past DDP, which copies its outputs: loss is made of loss_dict no more then. All
         # else it does to a forward pass is to prepare averages, and those are ours.
         inner = model.module if isinstance(model, DistributedDataParallel) else model

@@ -166,7 +166,9 @@ def test_a_second_training_goes_on_with_the_same_optimizer(tmp_path: Path) -> No
     data, model, expected = wide(make_data()), heads(), heads()
     trainer = make(tmp_path, model, data, num_train_epochs=1)
     trainer.train()
+    first = trainer.optimizer
     trainer.train()
+    assert trainer.optimizer is first
     assert oracle.train(expected, steps_of(data, epochs=2)) > 4
     exact(weights(model), weights(expected))
 
@@ -229,6 +231,17 @@ def test_losses_have_the_weights_of_the_model_and_earlier_layers_are_no_tasks(
     exact(weights(model.heads), weights(expected))
     optimizer: Any = trainer.optimizer
     assert optimizer.optimizer.last.names == ("up", "down")
+
+
+def test_only_numbered_losses_belong_to_the_shortest_name_that_they_begin_with(
+    tmp_path: Path,
+) -> None:
+    names = ["a", "a_b", "a_1", "a_1_2", "a_b_1", "ab_1"]
+    losses = {name: torch.ones((), requires_grad=True) for name in names}
+    trainer = make(tmp_path, heads(), make_data())
+    found = trainer.losses({"loss_dict": losses}, {})
+    tasks = {name: len(part) for name, part in found.items()}
+    assert tasks == {"a": 4, "a_b": 1, "ab_1": 1}
 
 
 def test_a_loss_dict_without_a_loss_is_summed(tmp_path: Path) -> None:
@@ -326,7 +339,10 @@ class Outputs(nn.Module):
         super().__init__()
         self.heads = heads()
 
-    def forward(self, inputs: Tensor, labels: Tensor, **_: Any) -> tuple[Tensor, ...]:
+    def forward(
+        self, inputs: Tensor, labels: Tensor, **more: Any
+    ) -> tuple[Tensor, ...]:
+        assert not more  # nor is it told the number of items
         del labels
         up, down = self.heads(inputs)
         return up, down
