@@ -275,7 +275,7 @@ def _dual_cone(
     values = _read(gramian)
     found = values and host.cone_coefficients(values, moved, kept)
     if found:
-        return torch.tensor(found, dtype=torch.float64)
+        return torch.tensor(found, dtype=torch.float64, device=gramian.device)
     matrix, scale = rescaled(gramian)
     multipliers = _multipliers(matrix, moved, kept) * _picked(scale, kept)
     multipliers = multipliers / _picked(scale, moved)[:, None]
@@ -382,7 +382,7 @@ def _rotation(gramian: Tensor, lam: float | None) -> Tensor:
     values = _read(gramian)
     if values:
         turned = host.rotation(values, lam, resolution)
-        return torch.tensor(turned, dtype=torch.float64)
+        return torch.tensor(turned, dtype=torch.float64, device=gramian.device)
     return _poisoned(rotation(*rescaled(gramian), lam, resolution), gramian)
 
 

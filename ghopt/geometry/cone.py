@@ -1,6 +1,7 @@
 """Projections on the dual cone of several gradients: the solver behind GH."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -58,12 +59,13 @@ def cone_multipliers(system: Tensor, products: Tensor, own: Tensor) -> Tensor:
 def _by_pivoting(
     system: Tensor, products: Tensor, own: Tensor, ridge: Tensor
 ) -> Tensor | None:
-    lowest = float(torch.linalg.eigvalsh(system)[0])
-    if lowest > RESOLVED:
+    """Do so on the CPU; None where exchanges of many tasks at once lead nowhere."""
+    values = torch.linalg.eigvalsh(system)
+    if values[0] > RESOLVED:
         return pivoting.pivoted(system, products, own, torch.zeros_like(ridge), 1)
-    if lowest > -RIDGE / 4:  # the ridge is twice that at least
+    if values[0] > -RIDGE / 4:  # the ridge is twice that at least
         return pivoting.pivoted(system + ridge.diag(), products, own, ridge, ROUNDS)
-    return None  # no Gramian, but for more than rounding
+    return None
 
 
 def _enumerated(system: Tensor, own: Tensor) -> Callable[[Tensor], Tensor]:
@@ -112,6 +114,7 @@ def _lawson_hanson(system: Tensor, own: Tensor) -> Callable[[Tensor], Tensor]:
     the last one ended, so that few steps do.
     """
     info = torch.finfo(system.dtype)
+    solver = _solver_for(system)
     rows = system.new_zeros(own.shape)
     active = torch.zeros_like(own)
     steps = 3 * len(system)  # as many as SciPy's NNLS takes
@@ -119,9 +122,7 @@ def _lawson_hanson(system: Tensor, own: Tensor) -> Callable[[Tensor], Tensor]:
     def solve(right: Tensor) -> Tensor:
         nonlocal rows, active, steps
         for _ in range(steps):
-            target = torch.linalg.lu_solve(
-                *_factors(system, active), right.where(active, 0)[:, :, None]
-            )[:, :, 0]
+            target = solver(active)(right)
             blocked = active & (target <= 0)
             free = ~blocked.any(1, keepdim=True)
             reach = rows / (rows - target).clamp(min=info.tiny)
@@ -144,6 +145,20 @@ def _lawson_hanson(system: Tensor, own: Tensor) -> Callable[[Tensor], Tensor]:
         return rows
 
     return solve
+
+
+def _solver_for(system: Tensor) -> Callable[[Tensor], Callable[[Tensor], Tensor]]:
+    """Give what makes, of active sets ``[R, P]``, what solves for their multipliers."""
+    if reading_is_free(system) and not torch.linalg.cholesky_ex(system).info:
+        return partial(pivoting.Solver, system)
+
+    def make(active: Tensor) -> Callable[[Tensor], Tensor]:
+        factors = _factors(system, active)
+        return lambda right: torch.linalg.lu_solve(
+            *factors, right.where(active, 0)[:, :, None]
+        )[:, :, 0]
+
+    return make
 
 
 def _factors(system: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:

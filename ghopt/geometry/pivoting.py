@@ -7,8 +7,11 @@ it solves depends on the values, and hardly on how many tasks there are.
 import torch
 from torch import Tensor
 
-STEPS = 200
-"""Of pivoting, at most: some five are usual, 30 where gradients are nearly dependent."""
+STEPS = 25
+"""Of pivoting, at most: some five are usual, up to 17 with a few dependent gradients.
+
+Where many tasks lie in half as many dimensions, exchanges of many at once lead nowhere.
+"""
 
 PATIENCE = 3
 """How often a step may do no good: as Kim and Park have it."""
@@ -17,7 +20,7 @@ _SLIM = 40  # with more tasks, only the active ones are worth a factorization
 _EPS = torch.finfo(torch.float64).eps
 
 
-class _Solver:
+class Solver:
     """Solves the systems of the active tasks of each row, factored once."""
 
     def __init__(self, system: Tensor, active: Tensor) -> None:
@@ -78,12 +81,12 @@ def pivoted(
 
 
 def _settled(
-    system: Tensor, right: Tensor, own: Tensor, active: Tensor, solver: _Solver | None
-) -> tuple[Tensor, _Solver, Tensor] | None:
+    system: Tensor, right: Tensor, own: Tensor, active: Tensor, solver: Solver | None
+) -> tuple[Tensor, Solver, Tensor] | None:
     """Find the active sets, as :mod:`ghopt.geometry.host` does for one row."""
     fewest, patience = [own.shape[1] + 1] * len(own), [PATIENCE] * len(own)
     for _ in range(STEPS):
-        solver = solver or _Solver(system, active)
+        solver = solver or Solver(system, active)
         rows = solver(right)
         misplaced = _misplaced(system, right, active, own, rows)
         counts = misplaced.sum(1).tolist()
