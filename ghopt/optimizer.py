@@ -91,6 +91,9 @@ class HarmonizedOptimizer(Wrapper):
             1e-6 of the lengths (3.6e-5 where gradients are nearly dependent, see
             ``gh_coefficients``), beside the rounding of the parameters to their dtype.
 
+            Not for L-BFGS with many iterations in a step: to first order says nothing of
+            a step so long, and two trainings on Burgers' equation were ruined by it.
+
             Projected are the shared parameters that a task reaches, all alike, whatever
             their rates; those that are frozen, or in a group with the rate 0, and all
             others move as the base moves them. Nothing changes, to the bit, where neither
@@ -217,7 +220,8 @@ class HarmonizedOptimizer(Wrapper):
             losses: one per task: a mapping from names, a list or other iterable, or a
                 1-D tensor. A loss is a real scalar, with weights of your own already in
                 it, or a list of scalars that are one task together, ``{"cls": [l1, l2],
-                "box": l3}``: their sum, in one pass.
+                "box": l3}``: their sum, in one pass. Not ``torch.stack(losses)``, if you
+                have the losses: each pass would run through the graphs of all.
             total: a scalar made of the losses, by a framework that scales or divides
                 it: each loss counts with the factor with which it enters the total.
                 Nothing else that requires grad may be in it, and no loss be computed
