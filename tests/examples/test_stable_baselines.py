@@ -5,17 +5,24 @@ from typing import Any
 
 import pytest
 import torch
-from stable_baselines3 import A2C
+from stable_baselines3 import PPO
 from torch import Tensor, nn
-from torch.optim import SGD, RMSprop
+from torch.optim import SGD, Adam
 from torch.testing import assert_close
 
-from examples.stable_baselines import HarmonizedA2C, Trunk, make_agent
+from examples.stable_baselines import HarmonizedPPO, Trunk, make_agent
 from ghopt import HarmonizedFromParams, HarmonizedOptimizer, Weighting, gh, plain_sum
 from tests.examples.oracle import theorem_1, weights
 from tests.literal import literal_gradients
 
 N_STEPS = 16
+SHORT: dict[str, Any] = {
+    "seed": 0,
+    "n_steps": N_STEPS,
+    "batch_size": N_STEPS // 2,
+    "n_epochs": 2,
+    "learning_rate": 0.1,
+}
 
 
 def kwargs(optimizer_class: Any, **options: Any) -> dict[str, Any]:
@@ -29,26 +36,33 @@ def kwargs(optimizer_class: Any, **options: Any) -> dict[str, Any]:
     }
 
 
-def harmonized(weighting: Weighting = gh, **options: Any) -> HarmonizedA2C:
+def harmonized(weighting: Weighting = gh, **options: Any) -> HarmonizedPPO:
     """Give an agent on plain SGD, in which rounding does not grow."""
     policy_kwargs = kwargs(HarmonizedFromParams, base_class=SGD, weighting=weighting)
-    options = {"seed": 0, "n_steps": N_STEPS, "learning_rate": 0.1} | options
+    options = SHORT | options
     return make_agent(policy_kwargs=policy_kwargs, **options)
 
 
-class LiteralA2C(A2C):
-    """A2C whose gradients are harmonized by hand, between its backward and its step."""
+class LiteralPPO(PPO):
+    """PPO whose gradients are harmonized by hand, between its backward and its step."""
 
     conflicts = 0
 
     def train(self) -> None:
-        rollout = next(self.rollout_buffer.get(batch_size=None))
+        for _ in range(self.n_epochs):
+            for rollout in self.rollout_buffer.get(self.batch_size):
+                self.step_on(rollout)
+
+    def step_on(self, rollout: Any) -> None:
         actions = rollout.actions.long().flatten()
         values, log_prob, entropy = self.policy.evaluate_actions(
             rollout.observations, actions
         )
         assert entropy is not None
-        policy = -(rollout.advantages * log_prob).mean()
+        gains = rollout.advantages
+        gains = (gains - gains.mean()) / (gains.std() + 1e-8)
+        ratio = torch.exp(log_prob - rollout.old_log_prob)
+        policy = -torch.min(gains * ratio, gains * ratio.clamp(0.8, 1.2)).mean()
         policy = policy - self.ent_coef * entropy.mean()
         value = (rollout.returns - values.flatten()).square().mean() * self.vf_coef
         parameters = list(self.policy.parameters())
@@ -63,8 +77,8 @@ class LiteralA2C(A2C):
         self.policy.optimizer.step()
 
 
-def a2c(agent: type[A2C], **options: Any) -> A2C:
-    options = {"seed": 0, "n_steps": N_STEPS, "learning_rate": 0.1} | options
+def ppo(agent: type[PPO], **options: Any) -> PPO:
+    options = SHORT | options
     return agent(
         "MlpPolicy",
         "CartPole-v1",
@@ -75,17 +89,17 @@ def a2c(agent: type[A2C], **options: Any) -> A2C:
     )
 
 
-def learned(agent: A2C, steps: int = 20 * N_STEPS) -> list[Tensor]:
+def learned(agent: PPO, steps: int = 6 * N_STEPS) -> list[Tensor]:
     return weights(agent.learn(steps).policy)
 
 
 def test_policy_and_value_train_as_in_a_literal_loop() -> None:
-    literal = a2c(LiteralA2C)
+    literal = ppo(LiteralPPO)
     expected = learned(literal)
-    assert isinstance(literal, LiteralA2C)
+    assert isinstance(literal, LiteralPPO)
     assert literal.conflicts > 4
     assert_close(learned(harmonized()), expected, rtol=1e-4, atol=1e-5)
-    plain = learned(a2c(A2C))
+    plain = learned(ppo(PPO))
     assert max((a - b).abs().max() for a, b in zip(plain, expected, strict=True)) > 1e-3
 
 
@@ -93,22 +107,23 @@ def test_policy_and_value_train_as_in_a_literal_loop() -> None:
     "options",
     [
         {},
-        {"normalize_advantage": True},
+        {"normalize_advantage": False},
+        {"clip_range": lambda left: 0.1 + 0.2 * left},
         {"learning_rate": lambda left: 0.1 * left},
     ],
-    ids=["default", "normalized", "decaying rate"],
+    ids=["default", "not normalized", "decaying range", "decaying rate"],
 )
-def test_with_weights_of_one_it_is_a2c_itself(options: dict[str, Any]) -> None:
-    expected = learned(a2c(A2C, **options))
+def test_with_weights_of_one_it_is_ppo_itself(options: dict[str, Any]) -> None:
+    expected = learned(ppo(PPO, **options))
     actual = learned(harmonized(plain_sum, **options))
     assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_optimizer_is_what_a2c_makes_by_default() -> None:
+def test_the_optimizer_is_what_ppo_makes_by_default() -> None:
     optimizer = make_agent().policy.optimizer
     assert isinstance(optimizer, HarmonizedOptimizer)
-    assert isinstance(optimizer.base_optimizer, RMSprop)
-    own = A2C("MlpPolicy", "CartPole-v1", device="cpu").policy.optimizer
+    assert isinstance(optimizer.base_optimizer, Adam)
+    own = PPO("MlpPolicy", "CartPole-v1", device="cpu").policy.optimizer
     assert optimizer.defaults == own.defaults
 
 
@@ -130,7 +145,7 @@ def test_a_saved_agent_goes_on_where_it_was_saved(tmp_path: Path, given: str) ->
     options: dict[str, Any] = {"env": agent.get_env()}
     if given == "policy_kwargs":
         options["policy_kwargs"] = agent.policy_kwargs
-    loaded = HarmonizedA2C.load(tmp_path / "agent", **options)
+    loaded = HarmonizedPPO.load(tmp_path / "agent", **options)
     agent.set_random_seed(1)
     expected = learned(agent)
     loaded.set_random_seed(1)
@@ -145,11 +160,17 @@ def test_a_saved_policy_comes_back_with_its_optimizer(tmp_path: Path) -> None:
     assert isinstance(loaded.optimizer.base_optimizer, SGD)
 
 
-def test_a_plain_a2c_with_the_class_is_warned() -> None:
+def test_a_plain_ppo_with_the_class_is_warned() -> None:
     policy_kwargs = kwargs(HarmonizedFromParams, base_class=SGD)
-    agent = A2C("MlpPolicy", "CartPole-v1", policy_kwargs=policy_kwargs, device="cpu")
+    agent = PPO("MlpPolicy", "CartPole-v1", policy_kwargs=policy_kwargs, device="cpu")
     with pytest.warns(UserWarning, match="nothing is harmonized"):
         agent.learn(5)
+
+
+@pytest.mark.parametrize("option", ["target_kl", "clip_range_vf"])
+def test_what_is_not_written_down_is_refused(option: str) -> None:
+    with pytest.raises(ValueError, match=option):
+        make_agent(n_steps=N_STEPS, batch_size=N_STEPS, **{option: 0.1}).learn(N_STEPS)
 
 
 def test_networks_that_share_nothing_are_not_in_conflict() -> None:
