@@ -32,7 +32,7 @@ def cone_coefficients(
         kept: numbers of those that must not be opposed.
 
     Returns:
-        None where pivoting does not settle: no Gramian, but for more than rounding.
+        None where pivoting does not settle, in ``STEPS``: another method must do it then.
     """
     if not _is_finite(gramian):
         return [[math.nan] * len(gramian) for _ in moved]
@@ -163,7 +163,7 @@ def _pivoted(
 
     All tasks that are on the wrong side change it together. Where that has not left fewer
     of them than ever before, four times in a row, the last alone does, until it has:
-    this ends in any case (Murty 1974).
+    this ends in any case (Murty 1974), if not always in ``STEPS``: None then.
 
     Args:
         system: of all tasks.
