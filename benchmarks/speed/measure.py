@@ -101,16 +101,17 @@ def spread(values: Sequence[float]) -> tuple[float, float, float]:
 
 def _warm_step(method: Method, network: str, tasks: int, device: torch.device) -> Step:
     step = method.start(make(network, tasks, device))
-    _repeat(step, WARM_UPS)
+    repeated(step, WARM_UPS)
     return step
 
 
 def _timed(step: Call, timer: Timer, cycles: int, cycle: int) -> float:
     if cycles > 1:
-        _repeat(step, cycle)
-    return timer(partial(_repeat, step, cycles * cycle))
+        repeated(step, cycle)
+    return timer(partial(repeated, step, cycles * cycle))
 
 
-def _repeat(step: Call, times: int) -> None:
+def repeated(step: Call, times: int) -> None:
+    """Make a call so many times."""
     for _ in range(times):
         step()

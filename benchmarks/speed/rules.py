@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common.clock import Call, cpu_seconds, time_rounds
-from benchmarks.speed.measure import spread
+from benchmarks.speed.measure import repeated, spread
 from benchmarks.speed.methods import torchjd_weighting
 from benchmarks.speed.results import Figure
 from ghopt import Weighting, gh, ghpp
@@ -35,7 +35,10 @@ def rule_times(numbers: Sequence[int], rounds: int) -> list[Figure]:
             gramians = [*_gramians(kind, tasks)]
             repeats = REPEATS if tasks <= LONG else 1
             turns: Iterator[list[Call]] = (
-                [partial(_repeat, rule, gramian, repeats) for rule in rules.values()]
+                [
+                    partial(repeated, partial(rule, gramian), repeats)
+                    for rule in rules.values()
+                ]
                 for gramian in chain.from_iterable(repeat(gramians, rounds))
             )
             seconds = zip(*time_rounds(turns, cpu_seconds), strict=True)
@@ -47,11 +50,6 @@ def rule_times(numbers: Sequence[int], rounds: int) -> list[Figure]:
     return found
 
 
-def _repeat(rule: Weighting, gramian: Tensor, repeats: int) -> None:
-    for _ in range(repeats):
-        rule(gramian)
-
-
 def _gramians(kind: str, tasks: int) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(0)
     count = GRAMIANS if tasks <= LONG else 2
@@ -59,7 +57,8 @@ def _gramians(kind: str, tasks: int) -> Iterator[Tensor]:
         rows = torch.randn(tasks, 4 * tasks, generator=generator)
         if kind == "dependent":
             half = tasks // 2
-            rows[half:][:half] = -rows[:half] * (1 + rows[half:][:half].abs() * 1e-7)
+            noise = rows[half : 2 * half].abs() * 1e-7
+            rows[half : 2 * half] = -rows[:half] * (1 + noise)
         products = rows.double() @ rows.double().T
         if (products < 0).any():
             count -= 1
