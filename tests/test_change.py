@@ -29,7 +29,7 @@ from tests.literal import (
 from tests.memory import allocated
 from tests.models import Tasks
 
-STEPS, ROWS = 30, 4
+STEPS, ROWS = 40, 4
 """Of few rows the gradients differ much, so that momentum soon opposes a task."""
 
 Base = Callable[[Iterable[nn.Parameter]], Optimizer]
