@@ -1,9 +1,16 @@
 """The gradients of K tasks as one dense matrix, ``[K, n]``, on the CPU."""
 
+from collections import defaultdict
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
-from ghopt.gradients.entries import BLOCK
+from ghopt.gradients.entries import BLOCK, Entries, first_of
+
+# A matrix is filled up to this many elements of a task, and one tensor more. It takes less
+# memory than all gradients would, and the caches hold it.
+_PACK = 2**13
 
 
 @torch.no_grad()
@@ -43,3 +50,50 @@ def weighted_row(matrix: Tensor, weights: Tensor, *, wide: bool) -> Tensor:
     for block, part in parts:
         part.copy_(weights @ block.double())
     return row
+
+
+def multiply_small(parameters: Iterable[Entries], tasks: int, *, last: bool) -> Tensor:
+    """Take the inner products of small gradients, in float64.
+
+    Args:
+        parameters: the gradients of each, plain, see :func:`ghopt.gradients.entries.is_plain`.
+        tasks: number of tasks, K.
+        last: take those with the last task alone.
+
+    Returns:
+        Shape ``[K, K]``, float64, of which the upper triangle is right.
+    """
+    total = torch.zeros(tasks, tasks, dtype=torch.float64, device="cpu")
+    for numbers, pack in _packs(parameters):
+        if last and numbers[-1] < tasks - 1:
+            continue
+        parts = [entries[task].flatten() for task in numbers for entries in pack]
+        wide = torch.cat(parts).double().view(len(numbers), -1)
+        product = wide @ wide[-1] if last else wide @ wide.T
+        if len(numbers) < tasks:
+            place = torch.tensor(numbers, device="cpu")
+            rows = place if last else place[:, None]
+            total[rows, tasks - 1 if last else place] += product
+        elif last:
+            total[:, -1] += product
+        else:
+            total += product
+    return total
+
+
+def _packs(
+    parameters: Iterable[Entries],
+) -> list[tuple[tuple[int, ...], list[Entries]]]:
+    """Group gradients of one dtype that the same tasks reach, with the tasks."""
+    packs: list[tuple[tuple[int, ...], list[Entries]]] = []
+    filling: dict[object, list[Entries]] = {}
+    sizes: dict[object, int] = defaultdict(int)
+    for entries in parameters:
+        numbers, first = tuple(entries), first_of(entries)
+        kind = first.dtype, numbers
+        if sizes[kind] > _PACK or kind not in filling:
+            filling[kind], sizes[kind] = [], 0
+            packs.append((numbers, filling[kind]))
+        filling[kind].append(entries)
+        sizes[kind] += first.numel()
+    return packs

@@ -22,6 +22,7 @@ from ghopt.gradients.entries import (
     is_sparse,
     kernels,
 )
+from ghopt.gradients.matrix import multiply_small
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -91,8 +92,12 @@ def _products_of(part: Prepared, tasks: int, known: Tensor | None) -> Tensor:
     last = known is not None
     products: list[Tensor] = [kernels().gramian(table) for table, _ in part.fused]
     small, quick = [], []
+    packed = []
     for entries in part.rest:
-        if is_sparse(entries):
+        if part.is_plain and first_of(entries).numel() <= _SMALL:
+            packed.append(entries)
+            continue
+        if not part.is_plain and is_sparse(entries):
             products.append(_multiply_sparse(entries, tasks, last=last))
             continue
         flat = flattened(entries)
@@ -106,6 +111,8 @@ def _products_of(part: Prepared, tasks: int, known: Tensor | None) -> Tensor:
             products.append(_multiply_large(flat, tasks, last=last))
     rows = [_packed(pack, tasks) for pack in _packs(small)]
     products += [_multiply_packed(pack, last=last) for pack in rows]
+    if packed:
+        products.append(multiply_small(packed, tasks, last=last))
     fast = [_multiply_as_they_are(flat, tasks, last=last) for flat in quick]
     total = _sum([*products, *fast])
     if quick and _in_doubt(total, known):
