@@ -91,7 +91,8 @@ def put_back(
 ) -> None:
     """Put the earlier ``.grad`` back, and add the new gradients to it."""
     for parameter, grad in zip(parameters, grads, strict=True):
-        parameter.grad = accumulate(grad, added.get(parameter))
+        more = added.get(parameter)
+        parameter.grad = more if grad is None else accumulate(grad, more)
 
 
 class _Watch:
@@ -213,8 +214,18 @@ def _run_all(
             # Where there are earlier gradients autograd adds to them in place.
             for parameter in roles.harmonized if of_task else ():
                 parameter.grad = of_task.pop(parameter, None)
-            with _with_cure():
+            try:
                 run(name, losses[name], name in retaining)
+            except RuntimeError as error:
+                if not _is_gone(error):
+                    raise
+                raise RuntimeError(
+                    "the graph of these losses is gone: a backward pass ran through it "
+                    "before, as loss.backward() or an earlier backward([...]). Drop that "
+                    "call: with retain_graph=True its plain gradient would be added to the "
+                    "harmonized one. If you want both, keep the graph there. torch says: "
+                    f"{error}"
+                ) from error
             watch.check()
             of_task.update(_taken_off(roles.harmonized, places))
             for parameter in roles.summed:
@@ -248,20 +259,9 @@ def runner(backward_fn: BackwardFn | None) -> RunPass:
     return run
 
 
-@contextmanager
-def _with_cure() -> Iterator[None]:
-    """Name the cure where the graph is gone."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "backward through the graph a second time" not in str(error):
-            raise
-        raise RuntimeError(
-            "the graph of these losses is gone: a backward pass ran through it before, as "
-            "loss.backward() or an earlier backward([...]). Drop that call: with "
-            "retain_graph=True its plain gradient would be added to the harmonized one. If "
-            f"you want both, keep the graph there. torch says: {error}"
-        ) from error
+def _is_gone(error: RuntimeError) -> bool:
+    """Say whether torch complains of a graph that was freed."""
+    return "backward through the graph a second time" in str(error)
 
 
 def _own(gradient: Tensor, parameter: Tensor, places: set[tuple[int, int]]) -> Tensor:

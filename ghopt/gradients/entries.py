@@ -66,7 +66,7 @@ def prepare(
 
 
 def is_plain(entries: Entries) -> bool:
-    """Say whether these are dense tensors of torch itself, on the CPU, real and as they are.
+    """Say whether these are dense tensors of torch itself, on the CPU, real and without a graph.
 
     Nearly all are. What may be asked of all others costs more than their arithmetic where
     they are small.
@@ -79,7 +79,6 @@ def is_plain(entries: Entries) -> bool:
             and grad.layout is torch.strided
             and grad.dtype in _PLAIN
             and not grad.requires_grad
-            and not grad.is_neg()
         ):
             return False
     return True

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ghopt.gradients.entries import BLOCK, Entries, first_of
 
-# A matrix is filled up to this many elements of a task, and one tensor more. It takes less
-# memory than all gradients would, and the caches hold it.
+# A matrix has this many elements of a task at most, or those of one tensor: so it takes
+# little memory beside the gradients, and the caches hold it.
 _PACK = 2**13
 
 
@@ -64,21 +64,24 @@ def multiply_small(parameters: Iterable[Entries], tasks: int, *, last: bool) -> 
         Shape ``[K, K]``, float64, of which the upper triangle is right.
     """
     total = torch.zeros(tasks, tasks, dtype=torch.float64, device="cpu")
+    wanted = total[:, -1:] if last else total
     for numbers, pack in _packs(parameters):
         if last and numbers[-1] < tasks - 1:
             continue
-        parts = [entries[task].flatten() for task in numbers for entries in pack]
-        wide = torch.cat(parts).double().view(len(numbers), -1)
-        product = wide @ wide[-1] if last else wide @ wide.T
-        if len(numbers) < tasks:
-            place = torch.tensor(numbers, device="cpu")
-            rows = place if last else place[:, None]
-            total[rows, tasks - 1 if last else place] += product
-        elif last:
-            total[:, -1] += product
+        product = _multiply(pack, numbers, last=last)
+        if len(numbers) == tasks:
+            wanted += product
         else:
-            total += product
+            place = torch.tensor(numbers, device="cpu")
+            total[place[:, None], place[-product.shape[1] :]] += product
     return total
+
+
+def _multiply(pack: list[Entries], numbers: tuple[int, ...], *, last: bool) -> Tensor:
+    """Take the inner products of a pack; with the last alone, in the last column."""
+    parts = [entries[task].flatten() for task in numbers for entries in pack]
+    wide = torch.cat(parts).double().view(len(numbers), -1)
+    return wide @ (wide[-1:] if last else wide).T
 
 
 def _packs(
@@ -90,10 +93,10 @@ def _packs(
     sizes: dict[object, int] = defaultdict(int)
     for entries in parameters:
         numbers, first = tuple(entries), first_of(entries)
-        kind = first.dtype, numbers
+        kind, size = (first.dtype, numbers), first.numel()
+        sizes[kind] += size
         if sizes[kind] > _PACK or kind not in filling:
-            filling[kind], sizes[kind] = [], 0
+            filling[kind], sizes[kind] = [], size
             packs.append((numbers, filling[kind]))
         filling[kind].append(entries)
-        sizes[kind] += first.numel()
     return packs
