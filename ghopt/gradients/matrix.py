@@ -10,7 +10,7 @@ from ghopt.gradients.entries import BLOCK, Entries, first_of
 
 # A matrix has this many elements of a task at most, or those of one tensor: so it takes
 # little memory beside the gradients, and the caches hold it.
-_PACK = 2**13
+_PACK = 2**14
 
 
 @torch.no_grad()
@@ -64,24 +64,29 @@ def multiply_small(parameters: Iterable[Entries], tasks: int, *, last: bool) -> 
         Shape ``[K, K]``, float64, of which the upper triangle is right.
     """
     total = torch.zeros(tasks, tasks, dtype=torch.float64, device="cpu")
-    wanted = total[:, -1:] if last else total
     for numbers, pack in _packs(parameters):
         if last and numbers[-1] < tasks - 1:
             continue
-        product = _multiply(pack, numbers, last=last)
         if len(numbers) == tasks:
-            wanted += product
-        else:
-            place = torch.tensor(numbers, device="cpu")
-            total[place[:, None], place[-product.shape[1] :]] += product
+            _add_products(total, pack, numbers, last=last)
+            continue
+        place = torch.tensor(numbers, device="cpu")
+        part = total.new_zeros(len(numbers), len(numbers))
+        _add_products(part, pack, numbers, last=last)
+        total[place[:, None], place] += part
     return total
 
 
-def _multiply(pack: list[Entries], numbers: tuple[int, ...], *, last: bool) -> Tensor:
-    """Take the inner products of a pack; with the last alone, in the last column."""
+def _add_products(
+    total: Tensor, pack: list[Entries], numbers: tuple[int, ...], *, last: bool
+) -> None:
+    """Add the inner products of a pack, or those with the last alone."""
     parts = [entries[task].flatten() for task in numbers for entries in pack]
     wide = torch.cat(parts).double().view(len(numbers), -1)
-    return wide @ (wide[-1:] if last else wide).T
+    if last:
+        total[:, -1].addmv_(wide, wide[-1])
+    else:
+        total.addmm_(wide, wide.T)
 
 
 def _packs(
