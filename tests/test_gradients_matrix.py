@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from ghopt.gradients.matrix import gramian_of, weighted_row
+from ghopt.gradients.matrix import gramian_of, multiply_small, weighted_row
 
 WIDTHS = [0, 1, 7, 2**14, 2**14 + 1, 40_000]
 DTYPES = [torch.float32, torch.float64]
@@ -78,3 +78,42 @@ def test_the_row_has_memory_of_its_own(wide: bool) -> None:
     assert row.equal(matrix[0])
     row.zero_()
     assert matrix.abs().min() > 0
+
+
+# Which tasks reach each of some parameters, and how many elements it has: several packs.
+REACHED = [
+    ((0, 1, 2), 9_000),
+    ((0, 1, 2), 9_000),
+    ((1,), 5),
+    ((0, 2), 16_384),
+    ((0, 2), 3),
+    ((2,), 1),
+    ((0, 1), 7),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("last", [False, True])
+def test_small_gradients_that_not_all_tasks_reach_count_as_zero_there(
+    last: bool, dtype: torch.dtype
+) -> None:
+    rows = torch.zeros(3, 40_000, dtype=torch.float64)
+    parameters, end = [], 0
+    for tasks, size in REACHED:
+        drawn = draw(3, size, dtype)
+        parameters.append({task: drawn[task].view(1, -1) for task in tasks})
+        for task in tasks:
+            rows[task, end : end + size] = drawn[task].double()
+        end += size
+    found = multiply_small(parameters, 3, last=last)
+    expected = rows @ rows.T
+    if last:
+        found, expected = found[:, -1], expected[:, -1]
+    assert_close(found, expected, rtol=0, atol=1e-9)
+
+
+def test_small_gradients_of_two_dtypes_are_multiplied_apart() -> None:
+    other = {task: torch.ones(2) for task in (0, 1)}
+    pair = {task: torch.full((2,), 1 + 2**-40, dtype=torch.float64) for task in (0, 1)}
+    found = multiply_small([other, pair], 2, last=False)
+    assert found[0, 1] == 2 + 2 * (1 + 2**-40) ** 2
