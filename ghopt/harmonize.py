@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ghopt.accumulation import Accumulation
 from ghopt.forms import home_of_numbers
@@ -356,8 +355,11 @@ def _in_one(losses: Mapping[str, Tensor], last: Harmonization) -> dict[str, Tens
     return {name: weighted_sum([*losses.values()], ordered)}
 
 
-_owners: "WeakTensorKeyDictionary" = WeakTensorKeyDictionary()
-"""For each loss, who ran its passes: weakly, the accumulation and a parameter."""
+_owners: dict[int, tuple[weakref.ref[Tensor], list[weakref.ref[Any]]]] = {}
+"""By the id of each living loss: it, and who ran its passes, an accumulation and a parameter.
+
+All weakly. torch has a dictionary for that, which takes some microseconds a loss.
+"""
 
 
 def _refuse_other_owner(
@@ -384,7 +386,12 @@ def _refuse_other_owner(
     ]
     every = [(name, loss) for name, parts in losses.items() for loss in parts]
     for name, loss in every:
-        theirs = _owners.setdefault(loss, mine)  # type: ignore[no-untyped-call]  # torch's
+        number = id(loss)
+        known = _owners.get(number)
+        if known is None or known[0]() is not loss:
+            known = weakref.ref(loss, partial(_owners.pop, number)), mine
+            _owners[number] = known
+        theirs = known[1]
         living = [
             (a(), b()) for a, b in zip(mine, theirs, strict=True) if b() is not None
         ]

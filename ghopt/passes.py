@@ -9,7 +9,6 @@ stay as they are, in :func:`taken`, it is the other way round.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -92,7 +91,8 @@ def put_back(
 ) -> None:
     """Put the earlier ``.grad`` back, and add the new gradients to it."""
     for parameter, grad in zip(parameters, grads, strict=True):
-        parameter.grad = accumulate(grad, added.get(parameter))
+        more = added.get(parameter)
+        parameter.grad = more if grad is None else accumulate(grad, more)
 
 
 class _Watch:
@@ -105,7 +105,8 @@ class _Watch:
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self._versions = {parameter: parameter._version for parameter in parameters}
+        self._parameters = parameters
+        self._versions = [parameter._version for parameter in parameters]
         self._hooked = [p for p in parameters if p._post_accumulate_grad_hooks]
         self._handles = [
             parameter.register_post_accumulate_grad_hook(self._note)  # type: ignore[no-untyped-call]  # torch's
@@ -124,16 +125,21 @@ class _Watch:
             RuntimeError: if a parameter lost its gradient to a hook, or changed and has a
                 hook or no gradient.
         """
-        suspects = self._hooked + [p for p in self._versions if p.grad is None]
-        changed = (p for p in suspects if p._version != self._versions[p])
-        for parameter in chain(self._taken, changed):
-            place = next(i for i, p in enumerate(self._versions) if p is parameter)
-            raise RuntimeError(
-                f"a parameter, number {place} of shape {list(parameter.shape)}, was changed "
-                "or lost its gradient during the backward passes of the tasks: an "
-                "optimizer that steps inside backward (optimizer-in-backward) cannot be "
-                "harmonized; take its hooks away"
-            ) from error
+        versions = [parameter._version for parameter in self._parameters]
+        if versions == self._versions and not self._taken:
+            return
+        pairs = zip(self._parameters, versions, self._versions, strict=True)
+        for place, (parameter, new, old) in enumerate(pairs):
+            # By identity: tensors compare their elements.
+            hooked = any(parameter is one for one in self._hooked)
+            changed = new != old and (hooked or parameter.grad is None)
+            if changed or any(parameter is one for one in self._taken):
+                raise RuntimeError(
+                    f"a parameter, number {place} of shape {list(parameter.shape)}, was "
+                    "changed or lost its gradient during the backward passes of the tasks: "
+                    "an optimizer that steps inside backward (optimizer-in-backward) "
+                    "cannot be harmonized; take its hooks away"
+                ) from error
 
     def end(self) -> None:
         """Take our hooks away."""
@@ -206,21 +212,39 @@ def _run_all(
         of_task = gradients[name]
         if name in live:
             # Where there are earlier gradients autograd adds to them in place.
-            for parameter in roles.harmonized:
+            for parameter in roles.harmonized if of_task else ():
                 parameter.grad = of_task.pop(parameter, None)
-            with _with_cure():
+            try:
                 run(name, losses[name], name in retaining)
+            except RuntimeError as error:
+                if not _is_gone(error):
+                    raise
+                raise RuntimeError(
+                    "the graph of these losses is gone: a backward pass ran through it "
+                    "before, as loss.backward() or an earlier backward([...]). Drop that "
+                    "call: with retain_graph=True its plain gradient would be added to the "
+                    "harmonized one. If you want both, keep the graph there. torch says: "
+                    f"{error}"
+                ) from error
             watch.check()
-            for parameter in roles.harmonized:
-                if parameter.grad is not None:
-                    of_task[parameter] = _own(parameter.grad, parameter, places)
-                    parameter.grad = None
+            of_task.update(_taken_off(roles.harmonized, places))
             for parameter in roles.summed:
                 if parameter.grad is not None and parameter not in apart:
                     parameter.grad = _own(parameter.grad, parameter, places)
                     apart.add(parameter)
         averages.append(ranks.average(of_task))
     return averages
+
+
+def _taken_off(
+    parameters: Iterable[Tensor], places: set[tuple[int, int]]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Take ``.grad`` off the parameters, each gradient with memory of its own."""
+    for parameter in parameters:
+        grad = parameter.grad
+        if grad is not None:
+            parameter.grad = None
+            yield parameter, _own(grad, parameter, places)
 
 
 def runner(backward_fn: BackwardFn | None) -> RunPass:
@@ -235,33 +259,25 @@ def runner(backward_fn: BackwardFn | None) -> RunPass:
     return run
 
 
-@contextmanager
-def _with_cure() -> Iterator[None]:
-    """Name the cure where the graph is gone."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "backward through the graph a second time" not in str(error):
-            raise
-        raise RuntimeError(
-            "the graph of these losses is gone: a backward pass ran through it before, as "
-            "loss.backward() or an earlier backward([...]). Drop that call: with "
-            "retain_graph=True its plain gradient would be added to the harmonized one. If "
-            f"you want both, keep the graph there. torch says: {error}"
-        ) from error
+def _is_gone(error: RuntimeError) -> bool:
+    """Say whether torch complains of a graph that was freed."""
+    return "backward through the graph a second time" in str(error)
 
 
 def _own(gradient: Tensor, parameter: Tensor, places: set[tuple[int, int]]) -> Tensor:
     """Copy a gradient that shares memory, with a DDP bucket, say, or another task's."""
-    gradient = placed_as(gradient, parameter)
+    shard = gradient
+    offset = 0
+    if type(gradient) is not Tensor:
+        gradient = placed_as(gradient, parameter)
+        shard = local(gradient)
+        # Shards do not overlap, and FSDP2 cuts all of a pass from one storage.
+        offset = 0 if shard is gradient else int(shard.storage_offset())
     if gradient.layout is not torch.strided:
         return gradient
-    # Of the storage, not of the first element: parts of one tensor may overlap. Shards
-    # do not, and FSDP2 cuts all of a pass from one storage.
-    shard = local(gradient)
-    offset = 0 if shard is gradient else int(shard.storage_offset())
+    # Of the storage, not of the first element: parts of one tensor may overlap.
     place = shard.untyped_storage()._cdata, offset
-    if gradient._is_view() or place in places:
+    if place in places or gradient._is_view():
         gradient = gradient.clone()
         place = local(gradient).untyped_storage()._cdata, 0
     places.add(place)

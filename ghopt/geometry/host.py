@@ -4,6 +4,7 @@ A call of torch takes some microseconds, as long as fifty multiplications here.
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from operator import mul, sub
 from typing import TypeAlias
@@ -58,6 +59,21 @@ def cone_coefficients(
         row[i] = 1.0
         coefficients.append(row)
     return coefficients
+
+
+def gh_of_few(gramian: Rows) -> Rows:
+    """Coefficients of GH for at most two tasks: eq. 29 as it stands."""
+    if not _is_finite(gramian):
+        return [[math.nan] * len(gramian) for _ in gramian]
+    # At least this, to spare 0 / 0.
+    squares = [max(row[task], sys.float_info.min) for task, row in enumerate(gramian)]
+    return [
+        [
+            1.0 if i == j else max(0.0, -product) / squares[j]
+            for j, product in enumerate(row)
+        ]
+        for i, row in enumerate(gramian)
+    ]
 
 
 def rescaled(gramian: Rows) -> tuple[Rows, list[float]]:

@@ -33,6 +33,9 @@ BLOCK = 2**14
 DEVICE_BLOCK = 2**22
 
 
+_PLAIN = (torch.float32, torch.float64)
+
+
 class Prepared(NamedTuple):
     """Gradients, split into what the kernels take and the rest.
 
@@ -41,11 +44,13 @@ class Prepared(NamedTuple):
             that this rank has as a whole.
         fused: what kernels take: each table, and the tensors whose addresses it holds.
         rest: all others.
+        is_plain: whether all are as :func:`is_plain` says.
     """
 
     groups: "tuple[ProcessGroup, ...]"
     fused: list[tuple[Any, list[Entries]]]
     rest: list[Entries]
+    is_plain: bool = False
 
 
 def prepare(
@@ -59,6 +64,25 @@ def prepare(
         tasks: number of tasks, K.
     """
     return Prepared(groups, *_fusible(parameters, tasks))
+
+
+def is_plain(entries: Entries) -> bool:
+    """Say whether these are dense tensors of torch itself, on the CPU, real and without a graph.
+
+    Nearly all are. What may be asked of all others costs more than their arithmetic where
+    they are small.
+    """
+    # A loop: a generator takes twice as long.
+    for grad in entries.values():
+        if not (
+            type(grad) is Tensor
+            and grad.is_cpu
+            and grad.layout is torch.strided
+            and grad.dtype in _PLAIN
+            and not grad.requires_grad
+        ):
+            return False
+    return True
 
 
 def local_entries(entries: Entries) -> Entries:

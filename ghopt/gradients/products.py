@@ -24,6 +24,7 @@ from ghopt.gradients.entries import (
     is_sparse,
     kernels,
 )
+from ghopt.gradients.matrix import multiply_small
 from ghopt.gradients.narrow import quick_products
 
 if TYPE_CHECKING:
@@ -96,9 +97,12 @@ def _products_of(part: Prepared, tasks: int, known: Tensor | None) -> Tensor:
     """Take the inner products of all that this rank has."""
     last = known is not None
     products: list[Tensor] = [kernels().gramian(table) for table, _ in part.fused]
-    small, quick, short = [], [], []
+    small, quick, short, packed = [], [], [], []
     for entries in part.rest:
-        if is_sparse(entries):
+        if part.is_plain and first_of(entries).numel() <= _SMALL:
+            packed.append(entries)
+            continue
+        if not part.is_plain and is_sparse(entries):
             products.append(_multiply_sparse(entries, tasks, last=last))
             continue
         flat = flattened(entries)
@@ -114,6 +118,8 @@ def _products_of(part: Prepared, tasks: int, known: Tensor | None) -> Tensor:
             products.append(_multiply_large(flat, tasks, last=last))
     rows = [_packed(pack, tasks) for pack in _packs(small)]
     products += [_multiply_packed(pack, last=last) for pack in rows]
+    if packed:
+        products.append(multiply_small(packed, tasks, last=last))
     fast = [_multiply_as_they_are(flat, tasks, last=last) for flat in quick]
     fast += [quick_products(short, tasks, last=last)] if short else []
     total = _sum([*products, *fast])

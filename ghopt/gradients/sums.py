@@ -60,7 +60,7 @@ def add(
         for table, entries in part.fused:
             on_device = weights.to(first_of(entries[0]).device, torch.float64)
             kernels().combine(table, on_device.contiguous())
-        _add_rest(part.rest, weights, wide=wide)
+        _add_rest(part, weights, wide=wide)
 
 
 def add_with_graph(entries: Entries, weights: Tensor) -> Tensor:
@@ -163,15 +163,15 @@ def _cancel(gramian: Tensor, weights: Tensor) -> bool:
     return bool(square <= (_REMAINDER * reach) ** 2)
 
 
-def _add_rest(parameters: list[Entries], weights: Tensor, *, wide: bool) -> None:
+def _add_rest(part: Prepared, weights: Tensor, *, wide: bool) -> None:
     """Sum what no kernel takes, with calls of torch."""
     # To read weights on the CPU is free, and numbers are faster than tensors there.
     on_cpu = weights.device.type == "cpu"
     factors = weights.tolist() if on_cpu else list(weights.unbind())
     kinds: dict[object, list[Entries]] = defaultdict(list)
-    for entries in parameters:
+    for entries in part.rest:
         first = first_of(entries)
-        if is_sparse(entries):
+        if not part.is_plain and is_sparse(entries):
             entries[min(entries)] = _add_sparse(entries, factors)
         elif first.dtype in _HALVES or (wide and first.dtype in _WIDER):
             _add_widened(entries, factors)

@@ -8,6 +8,7 @@ the step needs them stored.
 from collections import defaultdict
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from functools import reduce
+from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -18,6 +19,7 @@ from ghopt.gradients.entries import (
     Entries,
     Prepared,
     first_of,
+    is_plain,
     local_entries,
     prepare,
 )
@@ -135,14 +137,16 @@ class StoredGradients:
         memory.
         """
         parts = self._all or self._parts()
-        grads = [grad for entries in parts.given.values() for grad in entries.values()]
-        check_range(weights, (grad.dtype for grad in grads), gramian)
-        if any(grad.requires_grad for grad in grads):
+        every = [*chain.from_iterable(map(dict.values, parts.given.values()))]
+        check_range(weights, (grad.dtype for grad in every), gramian)
+        if not parts.is_plain and any(grad.requires_grad for grad in every):
             return {p: add_with_graph(e, weights) for p, e in parts.given.items()}
         if keep:
             copies = {p: _with_copy(e) for p, e in parts.given.items()}
             parts = _sorted(copies, len(self.names))
         add(parts.prepared, weights, gramian)
+        if parts.is_plain:
+            return {p: first_of(entries) for p, entries in parts.mine.items()}
         return {
             # Of a DTensor what was written is the shard.
             p: first_of(
@@ -169,15 +173,17 @@ class StoredGradients:
     def _parts(self, over: Container[Tensor] | None = None) -> "_Parts":
         """Sort the gradients by parameter, and split them for the arithmetic."""
         tasks = [self._by_task[name] for name in self.names]
-        given: dict[Tensor, Entries] = {}
-        for parameter in self._parameters:
-            if over is not None and parameter not in over:
-                continue
-            entries = {
-                k: task[parameter] for k, task in enumerate(tasks) if parameter in task
-            }
-            if entries:
-                given[parameter] = entries
+        # Each parameter is looked up once a task: its hash is made in Python.
+        given: dict[Tensor, Entries] = {
+            p: {} for p in self._parameters if over is None or p in over
+        }
+        for number, task in enumerate(tasks):
+            for parameter, grad in task.items():
+                entries = given.get(parameter)
+                if entries is not None:
+                    entries[number] = grad
+        if not all(given.values()):
+            given = {p: entries for p, entries in given.items() if entries}
         return _sorted(given, len(tasks))
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -225,6 +231,9 @@ class StoredGradients:
 
 def _sorted(given: dict[Tensor, Entries], tasks: int) -> "_Parts":
     """Split gradients for the arithmetic."""
+    if all(map(is_plain, given.values())):
+        plain = Prepared((), [], [*given.values()], is_plain=True)
+        return _Parts(given, given, [plain] if given else [], is_plain=True)
     mine = {parameter: local_entries(entries) for parameter, entries in given.items()}
     spread: dict[tuple[ProcessGroup, ...], list[Entries]] = defaultdict(list)
     for parameter, entries in mine.items():
@@ -252,11 +261,13 @@ class _Parts(NamedTuple):
         given: as autograd gave them.
         mine: what this rank has of them.
         prepared: these, sorted.
+        is_plain: whether all are as :func:`is_plain` says.
     """
 
     given: dict[Tensor, Entries]
     mine: dict[Tensor, Entries]
     prepared: list[Prepared]
+    is_plain: bool = False
 
 
 class JoinedGradients:

@@ -37,7 +37,7 @@ NAMED = {method.name: method for method in METHODS}
 GHOPT = [method for method in METHODS if method.name.startswith("ghopt")]
 PROJECTED = NAMED["ghopt gh, projected"]
 
-MOST_OPERATIONS = 53
+MOST_OPERATIONS = 46
 
 
 def scaled(problem: Problem, *factors: float) -> Problem:
