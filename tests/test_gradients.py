@@ -168,11 +168,38 @@ def test_the_gramian_keeps_its_accuracy_at_every_scale(scale: float) -> None:
     assert error(gramian([[task] for task in tasks]), rows @ rows.T) < 1e-7
 
 
-def test_long_float32_gradients_lose_no_digits() -> None:
+@pytest.mark.parametrize("tasks", [2, 3, 4, 6])
+def test_long_float32_gradients_lose_no_digits(tasks: int) -> None:
     # One torch.dot over so many is 3e-5 off: torch sums in float32 as it goes.
-    tasks = [draw_tensor((5_000_000,), torch.float32, seed).abs() for seed in range(2)]
-    rows = torch.stack(tasks).double()
-    assert error(gramian([[task] for task in tasks]), rows @ rows.T) < 3e-8
+    size = 3_000_000
+    drawn = [draw_tensor((size,), torch.float32, seed).abs() for seed in range(tasks)]
+    rows = torch.stack(drawn).double()
+    assert error(gramian([[task] for task in drawn]), rows @ rows.T) < 3e-8
+
+
+@pytest.mark.parametrize("tasks", [2, 4])
+def test_few_large_elements_lose_no_digits_either(tasks: int) -> None:
+    # Of these a sum of torch.dot over 16K each is 2e-7 off.
+    size = 3_000_000
+    drawn = [
+        draw_tensor((size,), torch.float32, seed).square() for seed in range(tasks)
+    ]
+    rows = torch.stack(drawn).double()
+    assert error(gramian([[task] for task in drawn]), rows @ rows.T) < 1e-7
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [600_001, 2**21 + 2**16 + 1])
+@pytest.mark.parametrize("present", [[0, 2], [1, 2, 4, 5], [0, 1, 2, 3, 4, 5]])
+def test_long_gradients_count_where_they_are(
+    present: list[int], size: int, dtype: torch.dtype
+) -> None:
+    drawn = [draw_tensor((size,), dtype, seed) for seed in range(6)]
+    gradients: Gradients = [
+        [grad if task in present else None, grad[:3]] for task, grad in enumerate(drawn)
+    ]
+    rows = jacobian(gradients)
+    assert error(gramian(gradients), rows @ rows.T) < 1e-7
 
 
 @pytest.mark.parametrize("tilt", [1e-1, 1e-3, 1e-5])

@@ -27,7 +27,7 @@ from ghopt import (
     ghpp_printed,
 )
 
-TASKS = (1, 2, 4, 8)
+TASKS = (1, 2, 4, 8, 32)
 PAIRS = (1, 2)
 
 Step = Callable[[], None]
