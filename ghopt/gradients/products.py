@@ -34,10 +34,10 @@ _LONG = 2**19
 # their squares. So here none is taken that could be long. Measured on that EPYC, over
 # five million elements, beside dot products of 16K:
 # - Two or three tasks add their products to so many sums each, of so many products at
-#   most: off by 5e-10 and 9e-9, in 0.8 to 0.9 of the time.
-_SUMS, _TERMS = 2**16, 32
+#   most: off by 6e-10 and 9e-9, in 0.8 of the time at K = 2.
+_SUMS, _TERMS = 2**16, 128
 # - More are copied side by side, where so many products of [K, n] by [n, K] are one
-#   call: off by 6e-9 and 4e-8, in 0.9, 0.7 and 0.4 of the time at K = 4, 8 and 16.
+#   call: off by 6e-9 and 4e-8, in 0.9 to 1.0 of the time at K = 4, 0.7 at 8, 0.4 at 16.
 _STACKED, _LENGTH = 32, 2**10
 _FEW = 3
 # Tensors up to this size are packed: their arithmetic costs less than a call of torch.
