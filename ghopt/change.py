@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ghopt.forms import as_real, is_dtensor
+from ghopt.forms import as_real, has_float64, home_of_numbers, is_dtensor
 from ghopt.geometry import cosines, dual_cone
 from ghopt.gradients import StoredGradients
 
@@ -159,15 +159,17 @@ def _descent(
 
 def _rounding(gradients: StoredGradients) -> Tensor:
     """Bound the length of the rounding of the parameters: half a unit in the last place."""
-    lengths = [
-        # In float64 without a copy in it.
-        _whole(torch.linalg.vector_norm(as_real(p.detach()), dtype=torch.float64))
-        * (torch.finfo(p.dtype).eps / 2)
-        for p in gradients
-    ]
+    lengths = [_length(p.detach()) * (torch.finfo(p.dtype).eps / 2) for p in gradients]
     device = lengths[0].device
     squares = torch.stack([length.to(device) for length in lengths]).square()
     return squares.sum().sqrt()
+
+
+def _length(parameter: Tensor) -> Tensor:
+    """Take the norm in float64, without a copy in it."""
+    wide = torch.float64 if has_float64(parameter.device) else torch.float32
+    norm = _whole(torch.linalg.vector_norm(as_real(parameter), dtype=wide))
+    return norm.to(home_of_numbers(norm.device)).double()
 
 
 def _whole(number: Tensor) -> Tensor:

@@ -1,6 +1,10 @@
-"""What a gradient may be beside a plain tensor: complex, conjugated, a shard (DTensor)."""
+"""What a gradient may be beside a plain tensor on the CPU.
+
+Complex, conjugated, a shard (DTensor), or on a device without float64.
+"""
 
 import sys
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -61,3 +65,27 @@ def shard_groups(tensor: Tensor) -> "tuple[ProcessGroup, ...]":
         for axis, placement in enumerate(tensor.placements)
         if not placement.is_replicate()
     )
+
+
+# Known without asking.
+_WITH_FLOAT64 = ("cpu", "cuda", "meta")
+
+
+def has_float64(device: torch.device) -> bool:
+    """Say whether a device has float64: Apple's MPS has not, nor have some XPUs."""
+    return device.type in _WITH_FLOAT64 or _can_add_float64(device.type)
+
+
+@cache
+def _can_add_float64(kind: str) -> bool:
+    """Try float64 on a kind of device."""
+    try:
+        torch.zeros(1, dtype=torch.float64, device=kind).add_(1)
+    except (TypeError, RuntimeError):  # of MPS, and of an XPU
+        return False
+    return True
+
+
+def home_of_numbers(device: torch.device) -> torch.device:
+    """Say where the Gramian of gradients is: beside them, or, without float64, the CPU."""
+    return device if has_float64(device) else torch.device("cpu")

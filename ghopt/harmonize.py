@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ghopt.accumulation import Accumulation
+from ghopt.forms import home_of_numbers
 from ghopt.geometry import Weighting, gh
 from ghopt.gradients import StoredGradients, TaskGradients
 from ghopt.gradients.deferred import defer
@@ -280,8 +281,8 @@ def finish(
 
 
 def _nothing_of(stored: StoredGradients) -> Tensor:
-    """Make a number where the gradients are, to be sent over ranks."""
-    device = next(iter(stored)).device
+    """Make a number where the weights would be, to be sent over ranks."""
+    device = home_of_numbers(next(iter(stored)).device)
     return torch.zeros(1, dtype=torch.float64, device=device)
 
 
@@ -334,7 +335,7 @@ def _losses_of_passes(
     if accumulation and not accumulation.is_weighed:
         return named, None
     if _is_frozen(roles):
-        device = next(iter(named.values())).device
+        device = home_of_numbers(next(iter(named.values())).device)
         ones = torch.ones(len(named), dtype=torch.float64, device=device)
         reused = Harmonization(tuple(named), torch.zeros_like(ones.diag()), ones)
     else:

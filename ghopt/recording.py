@@ -375,7 +375,7 @@ def _stack(steps: list[Step]) -> Recording:
         if not found:
             return torch.zeros(0, *shape, dtype=torch.float64, device="cpu")
         # Stacked where they are: one transfer and one wait, not one per step.
-        return torch.stack(found).to("cpu", torch.float64)
+        return torch.stack(found).cpu().double()
 
     names, layers = (steps[0].names, steps[0].layers) if steps else ((), {})
     unknown = torch.full((3, len(names)), math.nan, dtype=torch.float64, device="cpu")
@@ -390,7 +390,7 @@ def _stack(steps: list[Step]) -> Recording:
         gramians=stacked((step.gramian for step in steps), 0, 0),
         weights=stacked((step.weights for step in steps), 0),
         rates=stacked(
-            step.rate.double().reshape(())
+            step.rate.detach().reshape(())
             if isinstance(step.rate, Tensor)
             else torch.tensor(step.rate, dtype=torch.float64, device="cpu")
             for step in steps

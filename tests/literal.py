@@ -54,16 +54,14 @@ def literal_step(losses: list[Tensor], parameters: Parameters, base: Optimizer) 
     """Step on the update of the paper; say whether any two tasks were in conflict."""
     trained = [p for p in parameters if p.requires_grad]
     jacobian = literal_gradients(losses, trained)
-    update = literal_update(jacobian)
-    for p, part in zip(
-        trained, torch.split(update, [p.numel() for p in trained]), strict=True
-    ):
+    passes = [
+        torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True)
+        for loss in losses
+    ]
+    parts = torch.split(literal_update(jacobian), [p.numel() for p in trained])
+    for p, part, grads in zip(trained, parts, zip(*passes, strict=True), strict=True):
         # None where no task reaches: AdamW must not decay such a parameter.
-        reached = any(
-            torch.autograd.grad(loss, p, retain_graph=True, allow_unused=True)[0]
-            is not None
-            for loss in losses
-        )
+        reached = any(grad is not None for grad in grads)
         p.grad = part.view_as(p) if reached else None
     base.step()
     return bool((jacobian @ jacobian.T < 0).any())

@@ -7,6 +7,7 @@ or be a DTensor without partial values. Nothing here knows how gradients are mad
 """
 
 from collections import defaultdict
+from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -85,6 +86,12 @@ def flattened(entries: Entries) -> Entries:
         order = sorted(range(first.dim()), key=first.stride, reverse=True)
         entries = {task: grad.permute(order) for task, grad in entries.items()}
     return {task: grad.reshape(-1) for task, grad in entries.items()}
+
+
+def blocks(flat: Entries, size: int) -> Iterator[Entries]:
+    """Cut flat gradients in blocks of so many elements; the last may be shorter."""
+    parts = [torch.split(tensor, size) for tensor in flat.values()]
+    return (dict(zip(flat, block, strict=True)) for block in zip(*parts, strict=True))
 
 
 @cache

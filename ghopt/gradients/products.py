@@ -11,16 +11,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ghopt.forms import has_float64, home_of_numbers
 from ghopt.geometry import cosines
 from ghopt.gradients.entries import (
     DEVICE_BLOCK,
     Entries,
     Prepared,
+    blocks,
     first_of,
     flattened,
     is_sparse,
     kernels,
 )
+from ghopt.gradients.narrow import quick_products
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -59,6 +62,9 @@ def multiply(
     norms below 1e-10, gradients in conflict and nearly dependent) they are multiplied
     again in float64. Elsewhere to ask for such a case would make the device wait.
 
+    Of gradients on a device without float64 the Gramian is on the CPU, and as exact: see
+    ``narrow.py``. There the host waits for the device.
+
     Of DTensors, the ranks sum the ``[K, K]`` products of their shards.
 
     Args:
@@ -68,8 +74,8 @@ def multiply(
             with the last are taken, which is less work.
 
     Returns:
-        Shape ``[K, K]``, float64, symmetric, on the device of the first gradient; zeros
-        on the CPU if there is none.
+        Shape ``[K, K]``, float64, symmetric, on the device of the first gradient, or on
+        the CPU where that has no float64; zeros on the CPU if there is none.
     """
     totals = [
         _sum_over(part.groups, _products_of(part, tasks, known)) for part in prepared
@@ -99,7 +105,7 @@ def _products_of(part: Prepared, tasks: int, known: Tensor | None) -> Tensor:
     """Take the inner products of all that this rank has."""
     last = known is not None
     products: list[Tensor] = [kernels().gramian(table) for table, _ in part.fused]
-    small, quick = [], []
+    small, quick, short = [], [], []
     for entries in part.rest:
         if is_sparse(entries):
             products.append(_multiply_sparse(entries, tasks, last=last))
@@ -108,6 +114,8 @@ def _products_of(part: Prepared, tasks: int, known: Tensor | None) -> Tensor:
         first = first_of(flat)
         if first.numel() <= _SMALL:
             small.append(flat)
+        elif not has_float64(first.device):
+            short.append(flat)
         # Shards may be long on some ranks and short on others, and doubt is for all.
         elif _is_long(first) and not part.groups:
             quick.append(flat)
@@ -116,9 +124,10 @@ def _products_of(part: Prepared, tasks: int, known: Tensor | None) -> Tensor:
     rows = [_packed(pack, tasks) for pack in _packs(small)]
     products += [_multiply_packed(pack, last=last) for pack in rows]
     fast = [_multiply_as_they_are(flat, tasks, last=last) for flat in quick]
+    fast += [quick_products(short, tasks, last=last)] if short else []
     total = _sum([*products, *fast])
-    if quick and _in_doubt(total, known):
-        sure = [_multiply_large(flat, tasks, last=last) for flat in quick]
+    if fast and _in_doubt(total, known):
+        sure = [_multiply_large(flat, tasks, last=last) for flat in [*quick, *short]]
         total = _sum([*products, *sure])
     return total
 
@@ -161,7 +170,8 @@ def _packed(pack: list[Entries], tasks: int) -> Tensor:
         for task in range(tasks)
         for entries, size in zip(pack, sizes, strict=True)
     ]
-    return torch.cat(parts).view(tasks, -1)
+    rows = torch.cat(parts).view(tasks, -1)
+    return rows.to(home_of_numbers(rows.device))
 
 
 def _multiply_packed(rows: Tensor, *, last: bool) -> Tensor:
@@ -180,14 +190,15 @@ def _multiply_large(flat: Entries, tasks: int, *, last: bool) -> Tensor:
     if first.dtype is torch.float64 and first.device.type == "cpu":
         return _multiply_as_they_are(flat, tasks, last=last)
     size = min(_WIDE_BLOCK if first.device.type == "cpu" else DEVICE_BLOCK, len(first))
-    total = first.new_zeros(tasks, tasks, dtype=torch.float64)
+    home = home_of_numbers(first.device)
+    total = torch.zeros(tasks, tasks, dtype=torch.float64, device=home)
     # One piece of memory for all blocks: to allocate each costs more than its products.
     # The rows of missing tasks stay zero.
-    scratch = first.new_zeros(tasks, size, dtype=torch.float64)
-    for block in zip(*(torch.split(t, size) for t in flat.values()), strict=True):
-        rows = scratch[:, : len(block[0])]
-        for task, part in zip(flat, block, strict=True):
-            rows[task].copy_(part)
+    scratch = total.new_zeros(tasks, size)
+    for block in blocks(flat, size):
+        rows = scratch[:, : len(first_of(block))]
+        for task, part in block.items():
+            rows[task].copy_(part.to(home))
         if last:
             total[:, -1].addmv_(rows, rows[-1])
         else:
@@ -247,13 +258,12 @@ def _multiply_stacked(flat: Entries, tasks: int) -> Tensor:
 def _multiply_sparse(entries: Entries, tasks: int, *, last: bool) -> Tensor:
     """Take the inner products of a parameter that has a sparse gradient."""
     # Coalescing first: a product must meet the sum of all entries of a row.
+    home = home_of_numbers(first_of(entries).device)
     wide = {
-        task: tensor.coalesce().double() if tensor.is_sparse else tensor.double()
+        task: (tensor.coalesce() if tensor.is_sparse else tensor).to(home).double()
         for task, tensor in entries.items()
     }
-    total = torch.zeros(
-        tasks, tasks, dtype=torch.float64, device=first_of(entries).device
-    )
+    total = torch.zeros(tasks, tasks, dtype=torch.float64, device=home)
     for i, j in _pairs(wide, tasks, last=last):
         a, b = wide[i], wide[j]
         if a.is_sparse and b.is_sparse:

