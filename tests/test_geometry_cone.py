@@ -3,6 +3,8 @@
 Each test is named after a sentence of the design or a promise of a docstring.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import quadprog
@@ -11,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ghopt import dual_cone, gh, gh_coefficients, plain_sum
 from tests import reference
@@ -180,6 +183,30 @@ def test_no_value_is_read(count: int) -> None:
     assert found.shape == (1, count)
     assert found.is_meta
     assert gh(products, [0]).shape == (count,)
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations that run."""
+
+    count = 0
+
+    def __torch_dispatch__(
+        self,
+        operation: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
+        self.count += 1
+        return operation(*args, **(kwargs or {}))
+
+
+# Views count. With more than eight tasks the number of steps grows with the tasks.
+@pytest.mark.parametrize(("tasks", "most"), [(2, 13), (3, 203), (8, 203), (9, 2954)])
+def test_a_device_runs_no_more_operations_than_these(tasks: int, most: int) -> None:
+    with Operations() as operations:
+        gh(torch.empty(tasks, tasks, device="meta"))
+    assert operations.count <= most
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])

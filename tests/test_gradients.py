@@ -169,7 +169,6 @@ def test_the_gramian_keeps_its_accuracy_at_every_scale(scale: float) -> None:
 
 
 @pytest.mark.parametrize("tasks", [2, 3, 4, 6])
-@pytest.mark.parametrize("tasks", [2, 3, 4, 6])
 def test_long_float32_gradients_lose_no_digits(tasks: int) -> None:
     # One torch.dot over so many is 3e-5 off: torch sums in float32 as it goes.
     size = 3_000_000

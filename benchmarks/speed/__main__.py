@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         choices=TASKS,
         metavar="K",
-        help="numbers of tasks: 1, 2, 4, 8 (default: all)",
+        help="numbers of tasks: 1, 2, 4, 8, 32 (default: all)",
     )
     parser.add_argument(
         "--tables",

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ghopt.geometry import pivoting
-from ghopt.geometry.matrices import reading_is_free
+from ghopt.geometry.matrices import identity, reading_is_free
 
 _MOST_ENUMERATED = 8  # 2**8 systems of 8 x 8 take under a millisecond
 
@@ -50,9 +50,10 @@ def cone_multipliers(system: Tensor, products: Tensor, own: Tensor) -> Tensor:
     system = system + ridge.diag()
     method = _enumerated if len(system) <= _MOST_ENUMERATED else _lawson_hanson
     solve = method(system, own)
-    rows = torch.zeros_like(products)
-    for _ in range(ROUNDS):
-        rows = solve(rows * ridge - products)
+    right = -products
+    rows = solve(right)
+    for _ in range(ROUNDS - 1):
+        rows = solve(torch.addcmul(right, rows, ridge))
     return rows
 
 
@@ -75,6 +76,13 @@ def _enumerated(system: Tensor, own: Tensor) -> Callable[[Tensor], Tensor]:
     which solves the problem iff it is not negative and no slope outside of the set leads
     down. The least violation wins, so that rounding cannot leave a task without a winner.
 
+    What tries fewer sets asks for values, or is not exact: any order of exchanges has
+    Gramians that take it through nearly all of them (Murty 1978), so that a fixed number
+    of exchanges would need this as its way out all the same. A row need not try the half
+    of the sets that hold its own task, but that is another half for each row, and the
+    systems are shared. To invert them, once for all rounds, would leave residuals as large
+    as the violations that decide, where gradients are nearly dependent.
+
     Args:
         system: shape ``[P, P]``, positive definite.
         own: where a row is the gradient of a task, bool ``[R, P]``.
@@ -88,18 +96,23 @@ def _enumerated(system: Tensor, own: Tensor) -> Callable[[Tensor], Tensor]:
     active = (subsets[:, None] >> numbers & 1).bool()  # [2**P, P], the empty set first
     # A task is never in its own set: its projection has a positive product with it.
     barred = (active[:, None] & own).any(2)  # [2**P, R]
+    wall = torch.zeros_like(barred, dtype=system.dtype).masked_fill_(barred, torch.inf)
     places = torch.arange(count, dtype=torch.int64, device=system.device)
     factors = _factors(system, active)
+    # With multipliers turned round, all that is negative here is wrong when positive.
+    turned = active.to(system).neg_()  # [2**P, P]
+    every = system.expand(len(subsets), tasks, tasks)
 
     def solve(right: Tensor) -> Tensor:
-        inside = right.mT.where(active[:, :, None], 0)
+        inside = right.mT * turned[:, :, None]
         rows: Tensor = torch.linalg.lu_solve(*factors, inside).mT  # [2**P, R, P]
-        slopes = rows @ system - right
-        slopes = slopes.abs().where(active[:, None], -slopes)
-        violation = torch.maximum(slopes, -rows).amax(2).clamp(min=0)
+        falls = torch.baddbmm(right, rows, every)  # the slopes, downward
+        wrong = torch.maximum(falls, rows)
+        # In the set no slope may be left, up or down.
+        violation = torch.maximum(wrong, falls * turned[:, None]).amax(2)
         # The first of equals wins, so the empty set where nothing conflicts.
-        best = violation.where(~barred, torch.inf).argmin(0)
-        return rows[best, places].clamp(min=0)
+        best = (violation + wall).argmin(0)
+        return rows[best, places].neg_().clamp_(min=0)
 
     return solve
 
@@ -164,7 +177,7 @@ def _solver_for(system: Tensor) -> Callable[[Tensor], Callable[[Tensor], Tensor]
 def _factors(system: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
     """Factor the systems ``[B, K, K]`` of the active tasks of each row of ``[B, K]``."""
     inside = active[:, :, None] & active[:, None]
-    outside = torch.diag_embed((~active).to(system))
     # The _ex functions do not wait for the device to report singular systems.
-    factors, pivots, _ = torch.linalg.lu_factor_ex(system.where(inside, 0) + outside)
+    systems = system.where(inside, identity(system))
+    factors, pivots, _ = torch.linalg.lu_factor_ex(systems)
     return factors, pivots

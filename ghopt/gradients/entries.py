@@ -24,10 +24,8 @@ if TYPE_CHECKING:
 Entries: TypeAlias = dict[int, Tensor]
 """The gradients of one parameter by task, missing ones left out; at least one."""
 
-# Elements per block on the CPU: a block, and the float64 copy of one, stay in the cache
-# for every product that they enter. How many sums of float32 a dot product keeps side by
-# side is the processor's choice: over blocks of 64K elements the whole was off by up to
-# 2e-8 on a Xeon and 2e-7 on an EPYC, over 16K by 4e-8 there, for a third more time.
+# Elements per block of a sum on the CPU: the float64 copy of one stays in the cache for
+# every task that is added.
 BLOCK = 2**14
 # Elsewhere a block only bounds the memory that its float64 copy takes, to 32 MB a task.
 DEVICE_BLOCK = 2**22

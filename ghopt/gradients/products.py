@@ -14,7 +14,6 @@ from torch import Tensor
 from ghopt.forms import has_float64, home_of_numbers
 from ghopt.geometry import cosines
 from ghopt.gradients.entries import (
-    BLOCK,
     DEVICE_BLOCK,
     Entries,
     Prepared,
@@ -31,10 +30,20 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _WIDE_BLOCK = 2**15
-# A float32 dot product over one block is off by up to 4e-7, the sum of many blocks, in
-# float64, by far less (one dot product over 1e8 elements by 1e-3). Shorter gradients
-# have too few blocks for that.
+# To multiply shorter gradients in float64 takes little, and is never done twice.
 _LONG = 2**19
+# How many sums of float32 a dot product keeps side by side is the processor's choice,
+# and with it the error: over blocks of 64K elements up to 2e-8 on a Xeon and 2e-7 on an
+# AMD EPYC (family 25, model 1), and there, over 16K, 2e-8 of normal numbers and 2e-7 of
+# their squares. So here none is taken that could be long. Measured on that EPYC, over
+# five million elements, beside dot products of 16K:
+# - Two or three tasks add their products to so many sums each, of so many products at
+#   most: off by 6e-10 and 9e-9, in 0.8 of the time at K = 2.
+_SUMS, _TERMS = 2**16, 128
+# - More are copied side by side, where so many products of [K, n] by [n, K] are one
+#   call: off by 6e-9 and 4e-8, in 0.9 to 1.0 of the time at K = 4, 0.7 at 8, 0.4 at 16.
+_STACKED, _LENGTH = 32, 2**10
+_FEW = 3
 # Tensors up to this size are packed: their arithmetic costs less than a call of torch.
 _SMALL = 2**14
 # A pack has this many elements of a task and one tensor more at most, so that packing
@@ -204,17 +213,51 @@ def _multiply_large(flat: Entries, tasks: int, *, last: bool) -> Tensor:
 
 
 def _multiply_as_they_are(flat: Entries, tasks: int, *, last: bool) -> Tensor:
-    """Take the inner products of one parameter, block by block in its own dtype."""
-    products: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
-    blocks = [torch.split(tensor, BLOCK) for tensor in flat.values()]
+    """Take the inner products of one parameter in its own dtype, summed in float64."""
+    if last or len(flat) <= _FEW:
+        return _multiply_elements(flat, tasks, last=last)
+    return _multiply_stacked(flat, tasks)
+
+
+def _multiply_elements(flat: Entries, tasks: int, *, last: bool) -> Tensor:
+    """Do so pair by pair, in many sums side by side."""
+    first = first_of(flat)
     pairs = _pairs(flat, tasks, last=last)
+    sums = first.new_empty(len(pairs), _SUMS)
+    products = first.new_zeros(len(pairs), dtype=torch.float64)
+    runs = [torch.split(tensor, _SUMS * _TERMS) for tensor in flat.values()]
+    for run in zip(*runs, strict=True):
+        sums.zero_()
+        for block in zip(*(torch.split(part, _SUMS) for part in run), strict=True):
+            parts = dict(zip(flat, block, strict=True))
+            rows = sums[:, : len(block[0])].unbind()
+            for row, (i, j) in zip(rows, pairs, strict=True):
+                row.addcmul_(parts[i], parts[j])
+        products += sums.sum(1, dtype=torch.float64)
+    total = first.new_zeros(tasks, tasks, dtype=torch.float64)
+    for (i, j), product in zip(pairs, products, strict=True):
+        total[i, j] = product
+    return total
+
+
+def _multiply_stacked(flat: Entries, tasks: int) -> Tensor:
+    """Do so for all pairs at once, in many short products."""
+    first = first_of(flat)
+    rows = first.new_empty(_STACKED, len(flat), _LENGTH)
+    products = first.new_zeros(len(flat), len(flat), dtype=torch.float64)
+    size = _STACKED * _LENGTH
+    whole = len(first) // size * size
+    blocks = [torch.split(tensor[:whole], size) for tensor in flat.values()]
     for block in zip(*blocks, strict=True):
-        parts = dict(zip(flat, block, strict=True))
-        for i, j in pairs:
-            products[i, j].append(torch.dot(parts[i], parts[j]))
-    total = first_of(flat).new_zeros(tasks, tasks, dtype=torch.float64)
-    for (i, j), parts_ij in products.items():
-        total[i, j] = torch.stack(parts_ij).sum(dtype=torch.float64)
+        torch.stack([part.view(_STACKED, _LENGTH) for part in block], 1, out=rows)
+        products += torch.bmm(rows, rows.mT).sum(0, dtype=torch.float64)
+    rest = torch.stack([tensor[whole:].double() for tensor in flat.values()])
+    products.addmm_(rest, rest.T)
+    if len(flat) == tasks:
+        return products
+    total = first.new_zeros(tasks, tasks, dtype=torch.float64)
+    numbers = torch.tensor([*flat])
+    total[numbers[:, None], numbers] = products
     return total
 
 
