@@ -247,16 +247,16 @@ def _multiply_stacked(flat: Entries, tasks: int) -> Tensor:
     products = first.new_zeros(len(flat), len(flat), dtype=torch.float64)
     size = _STACKED * _LENGTH
     whole = len(first) // size * size
-    blocks = [torch.split(tensor[:whole], size) for tensor in flat.values()]
-    for block in zip(*blocks, strict=True):
-        torch.stack([part.view(_STACKED, _LENGTH) for part in block], 1, out=rows)
+    for block in blocks({task: row[:whole] for task, row in flat.items()}, size):
+        parts = [part.view(_STACKED, _LENGTH) for part in block.values()]
+        torch.stack(parts, 1, out=rows)
         products += torch.bmm(rows, rows.mT).sum(0, dtype=torch.float64)
     rest = torch.stack([tensor[whole:].double() for tensor in flat.values()])
     products.addmm_(rest, rest.T)
     if len(flat) == tasks:
         return products
     total = first.new_zeros(tasks, tasks, dtype=torch.float64)
-    numbers = torch.tensor([*flat])
+    numbers = torch.tensor([*flat], device="cpu")
     total[numbers[:, None], numbers] = products
     return total
 
