@@ -369,7 +369,8 @@ class HarmonizedOptimizer(Wrapper):
             self._finish()
         args = () if closure is None else (closure,)
         if losses is not None:
-            options = {"losses": losses, "features": features, **options}
+            given = {} if features is None else {"features": features}
+            options = {"losses": losses, **given, **options}
         return self._step(*args, **options)
 
     # torch hooks the step of every optimizer class; here _step has its hooks.
