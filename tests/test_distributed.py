@@ -118,7 +118,8 @@ def train_on_features(how: str, tasks: int, views: bool) -> dict[str, Any]:
     ddp = DistributedDataParallel(
         models.WithFeatures(model), gradient_as_bucket_view=views
     )
-    group = {"named": ddp, "local": ddp, "group": True}.get(how)
+    groups: dict[str, Any] = {"named": ddp, "local": ddp, "group": True}
+    group = groups.get(how)
     optimizer = HarmonizedOptimizer(
         AdamW(
             model.heads.parameters() if how == "outside" else model.parameters(),

@@ -133,7 +133,6 @@ def test_shards_equal_one_process_on_the_whole_batch(
 
 def train_shards_on_features(how: str) -> dict[str, Tensor]:
     """Train with FSDP2 or tensor parallel layers, the conflict met at the features."""
-    model: nn.Module
     if how == "tensor parallel":
         tasks = models.make(models.heads_on_a_trunk, 3)
         mesh = init_device_mesh("cpu", (2,))
@@ -142,12 +141,10 @@ def train_shards_on_features(how: str) -> dict[str, Tensor]:
         )
         model = models.WithFeatures(tasks)
     else:
-        tasks = sharded(models.heads_on_a_trunk, 3, by_layer=how == "by layer")
-        model = models.WithFeatures(tasks)
+        make = models.make if how == "root" else sharded
+        model = models.WithFeatures(make(models.heads_on_a_trunk, 3))
         if how == "root":
-            model = fully_shard(
-                models.WithFeatures(models.make(models.heads_on_a_trunk, 3))
-            )
+            fully_shard(model)
     optimizer = HarmonizedOptimizer(AdamW(model.parameters(), lr=0.01))
     group = True if how == "by layer" else None
     for step in range(STEPS):
