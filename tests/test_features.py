@@ -183,6 +183,18 @@ def test_a_task_that_does_not_reach_the_features_counts_as_zero_there() -> None:
     assert_close(found, alone + 1)
 
 
+def test_a_loss_without_grad_has_no_part() -> None:
+    model, z, losses = start(2)
+    optimizer = wrapped(model)
+    optimizer.backward([*losses, torch.ones(())], features=z)
+    assert optimizer.last is not None
+    assert not optimizer.last.gramian[2].any()
+    found = grads(model)
+    model, z, losses = start(2)
+    wrapped(model).backward(losses, features=z)
+    assert_close(found, grads(model), rtol=0, atol=0)
+
+
 def test_parameters_outside_the_optimizer_receive_the_same_as_inside() -> None:
     model, z, losses = start()
     wrapped(model).backward(losses, features=z)

@@ -12,7 +12,7 @@ from tests.literal import literal_gradients, literal_update
 
 
 def test_it_counts_what_opposes_whom_in_each_step_of_the_training() -> None:
-    steps, seed = 12, 3
+    steps, seed = 120, 3
     found = opposed(cells.PROBLEM, seed, steps)
     training = cells.start(seed)
     trunk = training.model.get_submodule("trunk")
@@ -43,7 +43,7 @@ def test_it_counts_what_opposes_whom_in_each_step_of_the_training() -> None:
         for parameter, gradient in zip(training.shared, pulled, strict=True):
             parameter.grad = gradient
         training.optimizer.step()
-    assert counts[0] > counts[1] > counts[3] == 0
+    assert counts[0] >= counts[1] > counts[3] == 0
     expected = [count / (steps * len(cells.TASKS)) for count in counts]
     assert found == pytest.approx(tuple(expected))
 
