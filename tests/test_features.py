@@ -192,7 +192,7 @@ def test_a_loss_without_grad_has_no_part() -> None:
     found = grads(model)
     model, z, losses = start(2)
     wrapped(model).backward(losses, features=z)
-    assert_close(found, grads(model), rtol=0, atol=0)
+    assert_close(found, grads(model), rtol=1e-12, atol=1e-14)
 
 
 def test_parameters_outside_the_optimizer_receive_the_same_as_inside() -> None:
@@ -304,6 +304,18 @@ def test_a_task_of_several_scalars_and_a_total_are_as_ever() -> None:
     model_2, z_2, (a, b, c) = start()
     wrapped(model_2).backward([0.5 * a + b, 0.5 * c], features=z_2)
     assert_close(grads(model), grads(model_2), rtol=1e-12, atol=1e-14)
+
+
+def test_gradients_at_the_features_may_be_one_number_expanded() -> None:
+    model, z, _ = start(2)
+
+    def heads(features: Tensor) -> list[Tensor]:
+        return [features.sum(), features[:, 0].sum() - 0.5 * features.sum()]
+
+    trunk = list(model.trunk.parameters())
+    expected = literal_grads([z], heads, trunk)
+    wrapped(model).backward(heads(z), features=z)
+    assert_close([p.grad for p in trunk], expected, rtol=1e-12, atol=1e-13)
 
 
 def test_the_graph_is_freed_unless_it_is_to_be_retained() -> None:
