@@ -356,12 +356,12 @@ def test_our_hook_goes_also_where_the_pass_fails() -> None:
     weight: Tensor = next(iter(model.parameters()))
     handle = weight.register_hook(refuse)  # type: ignore[no-untyped-call]  # torch's
     optimizer = wrapped(model)
-    model.trunk[0].bias.grad = torch.full((8,), 7.0).double()
+    model.trunk[0].bias.grad = torch.full((8,), 7.0).double()  # type: ignore[index]  # Sequential
     before = grads(model)
     with pytest.raises(ArithmeticError, match="here"):
         optimizer.backward(losses, features=z, retain_graph=True)
     assert all(a is b for a, b in zip(before, grads(model), strict=True))
-    assert (model.trunk[0].bias.grad == 7).all()
+    assert (model.trunk[0].bias.grad == 7).all()  # type: ignore[index]  # Sequential
     handle.remove()
     optimizer.zero_grad()
     sum(losses).backward()  # type: ignore[union-attr]
@@ -615,13 +615,13 @@ def refused(match: str, features: Any, **options: Any) -> None:
     model, z, losses = start()
     optimizer = wrapped(model, **options.pop("of_optimizer", {}))
     given = features(model, z) if callable(features) else features
-    model.trunk[0].weight.grad = torch.ones(8, 6).double()
+    model.trunk[0].weight.grad = torch.ones(8, 6).double()  # type: ignore[index]  # Sequential
     before = grads(model)
     error = TypeError if match.startswith("TypeError") else ValueError
     with pytest.raises(error, match=match.removeprefix("TypeError ")):
         optimizer.backward(losses, features=given, **options)
     assert all(a is b for a, b in zip(before, grads(model), strict=True))
-    assert (model.trunk[0].weight.grad == 1).all()
+    assert (model.trunk[0].weight.grad == 1).all()  # type: ignore[index]  # Sequential
     # The graph is as it was.
     optimizer_2 = wrapped(model)
     optimizer_2.zero_grad()

@@ -86,7 +86,8 @@ def _flat(gradients: Iterable[Tensor | None]) -> Tensor:
 
 
 def _cosines(jacobian: Tensor, vector: Tensor) -> Tensor:
-    return jacobian @ vector / (jacobian.norm(dim=1) * vector.norm())
+    lengths: Tensor = jacobian.norm(dim=1) * vector.norm()
+    return jacobian @ vector / lengths
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
