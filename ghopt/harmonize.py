@@ -6,7 +6,7 @@
 
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
@@ -14,6 +14,14 @@ import torch
 from torch import Tensor
 
 from ghopt.accumulation import Accumulation
+from ghopt.features import (
+    FeatureGradients,
+    Features,
+    gradients_at,
+    listed_features,
+    made,
+    pass_replacing,
+)
 from ghopt.forms import home_of_numbers
 from ghopt.geometry import Weighting, gh
 from ghopt.gradients import StoredGradients, TaskGradients
@@ -78,6 +86,7 @@ class Options:
     deferred: bool = False
     keep: bool = False
     protect: Collection[str] | None = None
+    features: Features | None = None
 
 
 class Outcome(NamedTuple):
@@ -109,6 +118,7 @@ def backward(
     accumulate_only: bool = False,
     accumulation: Accumulation | None = None,
     sync_group: SyncGroup | None = None,
+    features: Features | None = None,
 ) -> Harmonization | None:
     """Run one backward pass per task and add the harmonized gradient to ``.grad``.
 
@@ -136,6 +146,9 @@ def backward(
         accumulate_only: keep the gradients in ``accumulation``, for the next call.
         accumulation: the same object for all micro-batches of a step.
         sync_group: see there.
+        features: see there; then ``params`` are those whose ``.grad`` stays as it was if
+            a pass fails, and which are averaged with a ``sync_group``. Who receives which
+            sum is the graph's affair.
 
     Returns:
         What was found and done; None where ``accumulate_only``, or where all parameters
@@ -152,7 +165,13 @@ def backward(
     kept = Accumulation() if accumulation is None else accumulation
     roles = Roles(trained(params), trained(summed_params), [])
     options = Options(
-        total, retain_graph, backward_fn, accumulate_only, sync_group, deferred=False
+        total,
+        retain_graph,
+        backward_fn,
+        accumulate_only,
+        sync_group,
+        deferred=False,
+        features=features,
     )
     return run(losses, roles, weighting, options, kept, Replicas()).found
 
@@ -181,6 +200,20 @@ def run(
     """
     if options.backward_fn is not None and not callable(options.backward_fn):
         raise TypeError(f"backward_fn must be callable, got {options.backward_fn!r}")
+    if options.features is not None:
+        _refuse_beside_features(roles, options, accumulation)
+        features = listed_features(options.features)
+        return _run_at_features(
+            losses,
+            features,
+            roles,
+            weighting,
+            options,
+            accumulation,
+            replicas,
+            reusable,
+            hooks,
+        )
     # Compared by identity: ``bool()`` of a compiled module raises.
     group = None if options.sync_group is False else options.sync_group
     if group is not None:
@@ -224,6 +257,92 @@ def run(
                 accumulation.forget()
     is_kept = options.keep and found is not None
     return Outcome(named, found, reused, stored.without_graph() if is_kept else None)
+
+
+def _run_at_features(
+    losses: Losses,
+    features: Sequence[Tensor],
+    roles: Roles,
+    weighting: Weighting,
+    options: Options,
+    accumulation: Accumulation,
+    replicas: Replicas,
+    reusable: Reusable | None,
+    hooks: Collection[HarmonizeHook],
+) -> Outcome:
+    """Do what :func:`run` does, with the conflict measured and removed at features.
+
+    In one ordinary backward pass; where weights serve once more, of the weighted losses.
+    """
+    armed = replicas.armed(roles.own)
+    # Compared by identity: ``bool()`` of a compiled module raises.
+    group = None if options.sync_group is False else options.sync_group
+    if options.sync_group is None and armed:
+        group = armed
+    if group is not None:
+        process_group(group)
+    roles = roles._replace(outside=also_trained(models_of(group), roles.own))
+    with together(group) as ranks:
+        # With a group ``together`` tells the other ranks of an error.
+        with failing_together(roles.own if ranks is ALONE else []):
+            named, reused = _losses_of_passes(
+                losses, roles, options, accumulation, reusable
+            )
+            total = summed_up({"": [x for x in named.values() if x.requires_grad]})[""]
+            replicas.check(
+                roles.own,
+                [total],
+                options.sync_group,
+                several=False,
+                accumulate_only=False,
+            )
+        listed = not (reused or isinstance(losses, Mapping))
+        # What DDP averages in the pass is not averaged again.
+        by_ddp = {p for model in armed for p in model.parameters()}
+        apart = [p for p in [*roles.own, *roles.outside] if p not in by_ddp]
+        messages = 1 if reused else 2
+        names = ranks.agree([*named], [], apart, listed=listed, messages=messages)
+        agree_on_passes(roles.own, named)
+        with set_aside(roles.own) as grads:
+            found: Harmonization | None = None
+            replaced: dict[Tensor, Tensor] = {}
+            if reused:
+                ranks.first_weights(reused.weights)
+            else:
+                stored = gradients_at(features, named, names)
+                gradients = FeatureGradients(stored, ranks, roles.own)
+                found, replaced = weigh_and_combine(
+                    gradients, names, weighting, options, ranks, hooks
+                )
+            retain = options.retain_graph
+            with keeping_bucket_views(grads):
+                pass_replacing(total, replaced, retain_graph=retain)
+                averaged = [] if ranks is ALONE else apart
+                sums = made(roles.own, grads, averaged)
+            sums |= {p: p.grad for p in roles.outside if p.grad is not None}
+            ranks.average(sums, of_all_tasks=True)()
+            put_back(roles.own, grads, sums)
+            for parameter in roles.outside:
+                parameter.grad = sums.get(parameter)
+    return Outcome(named, found, reused)
+
+
+def _refuse_beside_features(
+    roles: Roles, options: Options, accumulation: Accumulation
+) -> None:
+    """Refuse what needs gradients of the tasks by parameter, before anything runs."""
+    reasons = {
+        "with accumulate_only, or after it": options.accumulate_only or accumulation,
+        "with backward_fn": options.backward_fn is not None,
+        "with shared_params or summed_params": bool(roles.summed),
+        "with project_step, or hooks that look at the step": options.keep,
+    }
+    for reason, is_given in reasons.items():
+        if is_given:
+            raise ValueError(
+                f"features must be None {reason}: with features one ordinary pass runs, "
+                "and no task has gradients of its own on the parameters"
+            )
 
 
 def finish(
@@ -297,6 +416,7 @@ def weigh_and_combine(
     if weighting is gh and options.protect is not None:
         weighting = partial(gh, protected=numbers_of(options.protect, names))
     found = measured(gradients, names, weighting, ranks)
+    found = replace(found, at_features=options.features is not None)
     for hook in hooks:
         hook(found, gradients.gramian)
     return found, gradients.combine(found.weights, found.gramian, keep=options.keep)

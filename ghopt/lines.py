@@ -22,6 +22,7 @@ class Step(NamedTuple):
         layers: the Gramian over each layer.
         change: slopes, cosines and limits of the step taken, ``[3, K]``, if recorded.
         rule: name of the weighting.
+        at_features: whether the Gramian is that of the gradients at features.
     """
 
     number: int
@@ -32,6 +33,7 @@ class Step(NamedTuple):
     layers: dict[str, Tensor]
     change: Tensor | None = None
     rule: str = ""
+    at_features: bool = False
 
 
 def append_lines(steps: Iterable[Step], path: Path) -> None:
@@ -74,6 +76,7 @@ def _line(step: Step) -> dict[str, Any]:
         "weights": _numbers(step.weights),
         "lr": _finite(float(step.rate)),
         "rule": step.rule,
+        **({"at_features": True} if step.at_features else {}),
         **change,
         "layers": {name: _numbers(products) for name, products in step.layers.items()},
     }
@@ -100,6 +103,7 @@ def _read(line: dict[str, Any]) -> Step:
         {name: _tensor(rows, tasks, tasks) for name, rows in line["layers"].items()},
         _tensor(line["change"], 3, tasks) if "change" in line else None,
         str(line.get("rule", "")),
+        bool(line.get("at_features", False)),
     )
 
 

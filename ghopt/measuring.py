@@ -29,12 +29,15 @@ class Harmonization:
             shared parameters, shape ``[K, K]``, float64.
         weights: of the task gradients in the update (tau), shape ``[K]``, float64.
         rule: name of the weighting, "" if unknown.
+        at_features: whether the inner products are those of the gradients at the
+            features, not over parameters.
     """
 
     names: tuple[str, ...]
     gramian: Tensor
     weights: Tensor
     rule: str = ""
+    at_features: bool = False
 
     @property
     def cosines(self) -> Tensor:

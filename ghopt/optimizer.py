@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ghopt.change import ChangeHook, copied, look, project_momentum, project_step
 from ghopt.closures import Closure, are_losses, has_new, is_single, versions
+from ghopt.features import Features
 from ghopt.geometry import Weighting, gh
 from ghopt.gradients import StoredGradients
 from ghopt.harmonize import LATE, Options, finish, numbers_of, run
@@ -201,6 +202,7 @@ class HarmonizedOptimizer(Wrapper):
         backward_fn: BackwardFn | None = None,
         accumulate_only: bool = False,
         sync_group: SyncGroup | None = None,
+        features: Features | None = None,
     ) -> None:
         """Run one backward pass per task and add the harmonized gradient to ``.grad``.
 
@@ -247,18 +249,38 @@ class HarmonizedOptimizer(Wrapper):
                 already. All ranks take the weights of the first. A task, by its name,
                 that some rank does not have counts as zero there. False: leave the
                 gradients of each rank as they are, on purpose.
+            features: what the trunk computes and the heads take: a tensor, or several of
+                which none was computed from another. For those who cannot afford K
+                passes: the K gradients at the features alone are measured and weighed,
+                then *one* ordinary pass of the summed losses runs, in which the weighted
+                sum goes on from the features in place of the gradient that arrives. All
+                that is behind the features receives that, be it in this optimizer or not;
+                all other parameters, heads of several tasks included, the plain sum. One
+                that is reached both ways (tied embeddings) has both added. With
+                ``measure_every`` the passes in between are as ever. ``last.gramian`` is
+                that of the features, of all ranks.
+
+                Another promise, and a weaker one: no task is opposed in what the
+                *features* shall become. On the parameters most of the conflict remains.
+                Hooks on tensors in the heads run for the K gradients, too; the heads must
+                have no reentrant checkpoint. A DDP model stays armed: no ``no_sync()``,
+                and no ``sync_group`` is needed; those that ran inside ``no_sync()`` need
+                it, and are averaged after the pass.
 
         Raises:
             TypeError: if ``losses`` is not iterable, a loss or ``total`` no tensor,
                 ``backward_fn`` not callable, ``sync_group`` nothing of the above, or
-                the weighting returns no tensor.
+                the weighting returns no tensor, ``features`` no tensors.
             ValueError: if there is no loss, one is not a real scalar, none requires
                 grad, the tasks have no names and are not those of the micro-batches
                 before or of the other ranks, ``total`` is not made of the losses, no loss reaches a
                 (shared) parameter of this optimizer, the weighting returns anything but
                 K weights or one that the gradients' dtype cannot hold, there is no
                 process group or it is a model that cannot be used, ranks of sharded
-                parameters would run other passes.
+                parameters would run other passes; if ``features`` do not require grad,
+                are leaves, lie behind one another or no loss depends on one; if they come
+                with ``shared_params``, ``accumulate_only``, ``backward_fn``, with what
+                looks at the step (``project_step``, hooks) or in a closure of L-BFGS.
             RuntimeError: if a pass fails, with its cure if the graph was used before; if
                 a model was compiled and trained before ghopt was imported, and needs
                 ``torch.compiler.reset()``; if a parameter changes
@@ -274,6 +296,7 @@ class HarmonizedOptimizer(Wrapper):
             backward_fn=backward_fn,
             accumulate_only=accumulate_only,
             sync_group=sync_group,
+            features=features,
         )
         roles = self._roles()
         outcome = run(
@@ -294,6 +317,7 @@ class HarmonizedOptimizer(Wrapper):
         closure: Closure | None = None,
         *,
         losses: Losses | None = None,
+        features: Features | None = None,
         **options: Any,
     ) -> float | None:
         """Step the base optimizer on the gradients in ``.grad``.
@@ -314,6 +338,7 @@ class HarmonizedOptimizer(Wrapper):
             losses: as for ``backward``: a shorthand for ``zero_grad()``,
                 ``backward(losses)``, ``step()``. With several ranks, as with a closure
                 that returns losses, call them one by one, for ``sync_group``.
+            features: as for ``backward``, of these losses.
             options: whatever else the step of the base optimizer takes, by keyword.
 
         Returns:
@@ -326,20 +351,26 @@ class HarmonizedOptimizer(Wrapper):
                 step, or a group is maximised with ``project_step`` or a hook that looks at
                 the step. If both ``closure`` and ``losses`` are given, or a closure to
                 L-BFGS with ``shared_params``: no function has the weighted sum as its
-                gradient in some parameters, and the plain sum in the others.
-            RuntimeError: if a closure harmonizes twice with ``shared_params``, for the
-                same reason; the base has begun to step then. If micro-batches were only
+                gradient in some parameters, and the plain sum in the others. If
+                ``features`` are given without ``losses``.
+            RuntimeError: if a closure harmonizes twice with ``shared_params`` or
+                ``features``, for the same reason; the base has begun to step then. If micro-batches were only
                 accumulated, and a GradScaler has unscaled the gradients already or ranks
                 would have to average them.
         """
         for name in options:
             if not takes(self.base_optimizer.step, name):
                 raise TypeError(f"step() got an unexpected keyword argument {name!r}")
+        if features is not None and losses is None:
+            raise ValueError(
+                "features must come with losses here: else with backward()"
+            )
         if closure is None and losses is None:
             self._finish()
         args = () if closure is None else (closure,)
         if losses is not None:
-            options = {"losses": losses, **options}
+            given = {} if features is None else {"features": features}
+            options = {"losses": losses, **given, **options}
         return self._step(*args, **options)
 
     # torch hooks the step of every optimizer class; here _step has its hooks.
@@ -481,6 +512,7 @@ class HarmonizedOptimizer(Wrapper):
         closure: Closure | None = None,
         *,
         losses: Losses | None = None,
+        features: Features | None = None,
         **options: Any,
     ) -> float | None:
         """Step the base between the hooks, on the value of :meth:`_evaluate`."""
@@ -497,7 +529,7 @@ class HarmonizedOptimizer(Wrapper):
                 )
             named = named_losses(losses)  # before zero_grad: an error changes nothing
             self.zero_grad()
-            self.backward(named)
+            self.backward(named, features=features)
         progress.drop_cleared()
         before = self._parameters_before(closure)
         if closure is None:
@@ -583,8 +615,20 @@ class HarmonizedOptimizer(Wrapper):
                 "each rank would project on gradients of its own, and the parameters "
                 "would drift apart. Pass the DDP model"
             )
+        if given.get("features") is not None:
+            self._check_features()
         keep = self.project_step or bool(self._change_hooks)
         return Options(**given, deferred=self.deferred, keep=keep, protect=self.protect)
+
+    def _check_features(self) -> None:
+        """Refuse features where a part of what they stand for is asked for otherwise."""
+        if self._shared is not None:
+            raise ValueError(
+                "features must be None with shared_params: the parameters behind the "
+                "features are those that receive the weighted sum. Leave one of both out"
+            )
+        if self._progress.is_stepping and isinstance(self.base_optimizer, LBFGS):
+            raise ValueError(f"features must be None for L-BFGS: {_NO_FUNCTION}")
 
     def _parameters_before(self, closure: Closure | None) -> dict[Tensor, Tensor]:
         """Copy what a step may change, if it is to be looked at."""
@@ -689,7 +733,7 @@ class HarmonizedOptimizer(Wrapper):
         """
         progress, last = self._progress, self._progress.last
         is_held = progress.is_stepping and progress.is_measured
-        if is_held and self._roles().summed:
+        if is_held and (self._roles().summed or (last and last.at_features)):
             raise RuntimeError(f"closure must harmonize once in a step: {_NO_FUNCTION}")
         serves = is_held or 0 < progress.steps < self.measure_every
         if not (serves and last and {*last.names} == losses.keys()):
@@ -699,7 +743,7 @@ class HarmonizedOptimizer(Wrapper):
 
 
 _NO_FUNCTION = (
-    "with shared_params some parameters receive the weighted sum, the others the plain sum, "
-    "and no function has both as its gradient. Leave shared_params out, or give the other "
-    "parameters an optimizer of their own"
+    "with shared_params or features some parameters receive the weighted sum, the others "
+    "the plain sum, and no function has both as its gradient. Leave them out, or give the "
+    "other parameters an optimizer of their own"
 )

@@ -214,18 +214,8 @@ def _run_all(
             # Where there are earlier gradients autograd adds to them in place.
             for parameter in roles.harmonized if of_task else ():
                 parameter.grad = of_task.pop(parameter, None)
-            try:
+            with with_cure():
                 run(name, losses[name], name in retaining)
-            except RuntimeError as error:
-                if not _is_gone(error):
-                    raise
-                raise RuntimeError(
-                    "the graph of these losses is gone: a backward pass ran through it "
-                    "before, as loss.backward() or an earlier backward([...]). Drop that "
-                    "call: with retain_graph=True its plain gradient would be added to the "
-                    "harmonized one. If you want both, keep the graph there. torch says: "
-                    f"{error}"
-                ) from error
             watch.check()
             of_task.update(_taken_off(roles.harmonized, places))
             for parameter in roles.summed:
@@ -259,9 +249,20 @@ def runner(backward_fn: BackwardFn | None) -> RunPass:
     return run
 
 
-def _is_gone(error: RuntimeError) -> bool:
-    """Say whether torch complains of a graph that was freed."""
-    return "backward through the graph a second time" in str(error)
+@contextmanager
+def with_cure() -> Iterator[None]:
+    """Name the cure where the graph is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "backward through the graph a second time" not in str(error):
+            raise
+        raise RuntimeError(
+            "the graph of these losses is gone: a backward pass ran through it before, as "
+            "loss.backward() or an earlier backward([...]). Drop that call: with "
+            "retain_graph=True its plain gradient would be added to the harmonized one. If "
+            f"you want both, keep the graph there. torch says: {error}"
+        ) from error
 
 
 def _own(gradient: Tensor, parameter: Tensor, places: set[tuple[int, int]]) -> Tensor:

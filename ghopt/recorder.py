@@ -97,7 +97,8 @@ class Recorder:
             layers: parameters of which to take the inner products by themselves, by a
                 name; or a module, for each module in it that has parameters of its own.
                 Costs as much again as the Gramian itself. What is shared by two layers
-                counts in both; DTensors in them on all ranks alike.
+                counts in both; DTensors in them on all ranks alike. Not with
+                ``features``, and neither is ``step``: ``backward`` raises.
             step: record what the step taken did to each task, too
                 (``Recording.step_slopes``). Costs as much as the Gramian, and K + 1
                 copies of the gradients until the step. Of several ``backward`` calls
@@ -171,6 +172,7 @@ class Recorder:
                 rate,
                 dict(layers or {}),
                 rule=found.rule,
+                at_features=found.at_features,
             )
         )
         self.count += 1

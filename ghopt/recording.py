@@ -57,6 +57,9 @@ class Recording:
         step_limits: cosines above which more than the rounding of the parameters opposed a
             task, ``[n, K]``.
         rules: names of the weightings, n of them, "" where unknown.
+        at_features: whether the inner products of a step are those of the gradients at
+            ``features``, ``[n]``, bool. All that follows from them is said of these then,
+            and not of the parameters, where most of the conflict may remain.
     """
 
     names: tuple[str, ...]
@@ -70,6 +73,7 @@ class Recording:
     step_cosines: Tensor
     step_limits: Tensor
     rules: tuple[str, ...]
+    at_features: Tensor
 
     def __len__(self) -> int:
         """Number of steps."""
@@ -131,8 +135,10 @@ class Recording:
 
         Other base optimizers scale the update by parameter, and have momentum: what their
         steps did is in ``step_slopes``. With losses scaled by s it is s^2 times as large.
+        NaN where ``at_features``: those products do not tell.
         """
-        return -self.rates[:, None] * self.slopes
+        effects = -self.rates[:, None] * self.slopes
+        return effects.masked_fill(self.at_features[:, None], math.nan)
 
     @property
     def step_opposed(self) -> Tensor:
@@ -192,6 +198,7 @@ class Recording:
             step_cosines=self.step_cosines[chosen],
             step_limits=self.step_limits[chosen],
             rules=tuple(compress(self.rules, chosen.tolist())),
+            at_features=self.at_features[chosen],
         )
 
     def update_cosines(self, weights: Tensor) -> Tensor:
@@ -306,6 +313,7 @@ class Recording:
                 },
                 change[:, row][:, present] if self.has_steps[row] else None,
                 self.rules[row],
+                bool(self.at_features[row]),
             )
 
     def _times(self, weights: Tensor) -> Tensor:
@@ -364,6 +372,7 @@ def assemble(steps: Sequence[Step]) -> Recording:
             [_spread(part.step_limits, part.names, names) for part in parts]
         ),
         rules=tuple(step.rule for step in steps),
+        at_features=torch.cat([part.at_features for part in parts]),
     )
 
 
@@ -401,6 +410,9 @@ def _stack(steps: list[Step]) -> Recording:
         step_cosines=changes[:, 1],
         step_limits=changes[:, 2],
         rules=tuple(step.rule for step in steps),
+        at_features=torch.tensor(
+            [step.at_features for step in steps], dtype=torch.bool, device="cpu"
+        ),
     )
 
 

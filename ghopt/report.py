@@ -180,6 +180,7 @@ def _judge_finite(recording: Recording) -> Verdict:
     opposed = share_below(_lowest(recording.update_cosines(ones)), OPPOSED)
     against = _mean(recording.opposed(recording.weights).any(1))
     findings = [
+        *_about_features(recording),
         (
             f"In {_percent(conflict.share)} of the {count} recorded steps two tasks were "
             "in conflict: their gradients formed an obtuse angle."
@@ -207,6 +208,17 @@ def _judge_finite(recording: Recording) -> Verdict:
         _advice(recording, pairs, conflict, opposed),
     ]
     return Verdict(findings, [*advice, *_advice_on_steps(recording)])
+
+
+def _about_features(recording: Recording) -> Iterator[str]:
+    measured = int(recording.at_features.sum())
+    if measured:
+        which = "All" if measured == len(recording) else f"{measured} of the"
+        yield (
+            f"{which} {len(recording)} recorded steps were measured at the features "
+            "(features=): what follows is said of the gradients there. On the parameters "
+            "the update may oppose tasks all the same; measure() on them tells."
+        )
 
 
 def _about_certainty(count: int, opposed: Share) -> Iterator[str]:

@@ -98,3 +98,17 @@ def batch(tasks: int, seed: int = 0, size: int = 16) -> tuple[Tensor, Tensor]:
     # Every second target is about the opposite of the one before: tasks in conflict.
     targets[1::2] = 0.3 * targets[1::2] - targets[: tasks // 2 * 2 : 2]
     return inputs, targets
+
+
+class WithFeatures(nn.Module):
+    """A model that gives its features beside the losses, as one does for DDP."""
+
+    def __init__(self, model: Tasks) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> tuple[list[Tensor], Tensor]:
+        features = self.model.trunk(inputs)
+        outputs = [head(features)[:, 0] for head in self.model.heads]
+        errors = zip(outputs, targets, strict=True)
+        return [(output - y).square().mean() for output, y in errors], features

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,235 @@ def test_replicas_equal_one_process_on_the_whole_batch(
     expected = one_process(network, tasks)
     for weights in run_on_ranks(size, train_replicas, network, tasks, how, options):
         assert_close(weights, expected, rtol=1e-12, atol=1e-12)
+
+
+# Features
+
+
+def features_of_one_process(tasks: int, accumulated: bool = False) -> dict[str, Any]:
+    """Train on the whole batch, as ``test_features.py`` compares with its oracle."""
+    model = models.make(models.heads_on_a_trunk, tasks)
+    both = models.WithFeatures(model)
+    optimizer = HarmonizedOptimizer(AdamW(model.parameters(), lr=0.01))
+    conflicts = 0
+    for step in range(STEPS):
+        for _ in range(1 + accumulated):
+            losses, z = both(*models.batch(tasks, step))
+            optimizer.backward(losses, features=z)
+        assert optimizer.last is not None
+        conflicts += bool((optimizer.last.gramian < 0).any())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert conflicts > STEPS / 2
+    return {**weights_of(model), "gramian": optimizer.last.gramian}  # type: ignore[union-attr]
+
+
+def train_on_features(how: str, tasks: int, views: bool) -> dict[str, Any]:
+    """Train with DDP, armed as ever or inside ``no_sync``, each rank on its share."""
+    model = models.make(models.heads_on_a_trunk, tasks)
+    ddp = DistributedDataParallel(
+        models.WithFeatures(model), gradient_as_bucket_view=views
+    )
+    groups: dict[str, Any] = {"named": ddp, "local": ddp, "group": True}
+    group = groups.get(how)
+    optimizer = HarmonizedOptimizer(
+        AdamW(
+            model.heads.parameters() if how == "outside" else model.parameters(),
+            lr=0.01,
+        )
+    )
+    other = AdamW(model.trunk.parameters(), lr=0.01)
+    for step in range(STEPS):
+        inputs, targets = share(*models.batch(tasks, step))
+        for _ in range(1 + (how == "accumulated")):
+            with ddp.no_sync() if how in ("local", "group") else nullcontext():
+                losses, z = ddp(inputs, targets)
+                optimizer.backward(losses, features=z, sync_group=group)
+        optimizer.step()
+        if how == "outside":
+            other.step()
+            other.zero_grad()
+        optimizer.zero_grad()
+    return {**weights_of(model), "gramian": optimizer.last.gramian}  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("how", "views"),
+    [
+        ("armed", False),
+        ("named", True),
+        ("local", True),
+        ("group", False),
+        ("outside", False),
+        ("accumulated", True),
+    ],
+)
+def test_features_of_replicas_equal_those_of_one_process(how: str, views: bool) -> None:
+    expected = features_of_one_process(3, accumulated=how == "accumulated")
+    first, second = run_on_ranks(2, train_on_features, how, 3, views)
+    assert_close(first, expected, rtol=1e-13, atol=1e-14)
+    assert_close(first, second, rtol=0, atol=0)
+
+
+def features_with_a_head_apart(sync_group: str) -> list[Tensor | None]:
+    """Let an armed model average its own gradients, and ghopt those of a head outside."""
+    model = models.make(models.heads_on_a_trunk, 2)
+    trunk = DistributedDataParallel(model.trunk)
+    optimizer = HarmonizedOptimizer(SGD(model.parameters(), lr=0.1))
+    inputs, targets = share(*models.batch(2))
+    z = trunk(inputs)
+    pairs = zip(model.heads, targets, strict=True)
+    losses = [(head(z)[:, 0] - y).square().mean() for head, y in pairs]
+    group = {"group": True, "none": None}[sync_group]
+    optimizer.backward(losses, features=z, sync_group=group)
+    return [p.grad for p in model.parameters()]
+
+
+def test_what_no_armed_model_averages_is_averaged_over_the_group_and_only_that() -> (
+    None
+):
+    model = models.make(models.heads_on_a_trunk, 2)
+    losses, z = models.WithFeatures(model)(*models.batch(2))
+    HarmonizedOptimizer(SGD(model.parameters())).backward(losses, features=z)
+    expected = [p.grad for p in model.parameters()]
+    for found in run_on_ranks(2, features_with_a_head_apart, "group"):
+        assert_close(found, expected, rtol=1e-13, atol=1e-15)
+    first, second = run_on_ranks(2, features_with_a_head_apart, "none")
+    assert_close(first[:2], expected[:2], rtol=1e-13, atol=1e-15)
+    assert not torch.allclose(first[2], second[2])
+
+
+def features_with_labels_of_its_own() -> tuple[Any, Any]:
+    model = models.make(models.heads_on_a_trunk, 3)
+    ddp = DistributedDataParallel(models.WithFeatures(model))
+    optimizer = HarmonizedOptimizer(SGD(model.parameters(), lr=0.1))
+    losses, z = ddp(*share(*models.batch(3)))
+    rank = dist.get_rank()
+    named = dict(zip("abc", losses, strict=True))
+    named = {name: named[name] for name in ("ab", "bc")[rank]}
+    # The head without labels has a part in the pass, as DDP wants of each parameter.
+    named["b"] = named["b"] + 0 * losses[2 - 2 * rank]
+    optimizer.backward(named, features=z)
+    assert optimizer.last is not None
+    return optimizer.last, [p.grad for p in model.parameters()]
+
+
+def test_features_of_ranks_with_other_tasks_are_those_of_all_tasks() -> None:
+    model = models.make(models.heads_on_a_trunk, 3)
+    both, (inputs, targets) = models.WithFeatures(model), models.batch(3)
+    parts = zip(inputs.chunk(2), targets.chunk(2, dim=1), strict=True)
+    (left, right), (z, y) = zip(*(both(*part) for part in parts), strict=True)
+    losses = {"a": left[0] / 2, "b": (left[1] + right[1]) / 2, "c": right[2] / 2}
+    optimizer = HarmonizedOptimizer(SGD(model.parameters(), lr=0.1))
+    optimizer.backward(losses, features=[z, y])
+    assert optimizer.last is not None
+    for last, found in run_on_ranks(2, features_with_labels_of_its_own):
+        assert last.names == ("a", "b", "c")
+        assert_close(last.gramian, optimizer.last.gramian, rtol=1e-13, atol=1e-16)
+        expected = [p.grad for p in model.parameters()]
+        assert_close(found, expected, rtol=1e-13, atol=1e-15)
+
+
+def features_that_are_refused(how: str) -> None:
+    model = models.make(models.heads_on_a_trunk, 2)
+    options: dict[str, Any] = {"static": {"static_graph": True}}.get(how, {})
+    ddp = DistributedDataParallel(models.WithFeatures(model), **options)
+    optimizer = HarmonizedOptimizer(SGD(model.parameters(), lr=0.1))
+    with ddp.no_sync() if how == "local" else nullcontext():
+        losses, z = ddp(*share(*models.batch(2)))
+        optimizer.backward(losses, features=z)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [("local", "last ran inside no_sync"), ("static", "static_graph")],
+)
+def test_features_of_models_that_would_go_wrong_are_refused(
+    how: str, message: str
+) -> None:
+    outcomes = run_on_ranks(2, features_that_are_refused, how, may_fail=True)
+    assert all(message in str(outcome) for outcome in outcomes)
+
+
+def features_that_stay_local() -> list[Tensor | None]:
+    model = models.make(models.heads_on_a_trunk, 2)
+    ddp = DistributedDataParallel(models.WithFeatures(model))
+    optimizer = HarmonizedOptimizer(SGD(model.parameters(), lr=0.1))
+    with ddp.no_sync():
+        losses, z = ddp(*share(*models.batch(2)))
+        optimizer.backward(losses, features=z, sync_group=False)
+    return [p.grad for p in model.parameters()]
+
+
+def test_features_may_stay_local_on_purpose() -> None:
+    for rank, found in enumerate(run_on_ranks(2, features_that_stay_local)):
+        model = models.make(models.heads_on_a_trunk, 2)
+        inputs, targets = models.batch(2)
+        part = inputs.chunk(2)[rank], targets.chunk(2, dim=1)[rank]
+        losses, z = models.WithFeatures(model)(*part)
+        HarmonizedOptimizer(SGD(model.parameters())).backward(losses, features=z)
+        assert_close(found, [p.grad for p in model.parameters()])
+
+
+def features_with_a_weighting(how: str) -> Any:
+    """Draw the weights at random, or fail, on rank 1."""
+    model = models.make(models.heads_on_a_trunk, 2)
+    ddp = DistributedDataParallel(models.WithFeatures(model))
+
+    def weighting(gramian: Tensor) -> Tensor:
+        if how == "fails" and dist.get_rank():
+            raise ArithmeticError("no weights today")
+        return torch.full_like(gramian[0], 1.0 + dist.get_rank())
+
+    optimizer = HarmonizedOptimizer(SGD(model.parameters(), lr=0.1), weighting)
+    losses, z = ddp(*share(*models.batch(2)))
+    if how == "stale" and dist.get_rank():
+        z = z * 1
+    optimizer.backward(losses, features=z)
+    assert optimizer.last is not None
+    return optimizer.last.weights
+
+
+@pytest.mark.parametrize(
+    ("how", "told"), [("fails", "no weights today"), ("stale", "on which none depends")]
+)
+def test_a_rank_that_fails_with_features_is_an_error_on_all(
+    how: str, told: str
+) -> None:
+    first, second = run_on_ranks(2, features_with_a_weighting, how, may_fail=True)
+    assert "rank(s) [1] failed in backward()" in str(first)
+    assert told in str(second)
+
+
+def test_all_ranks_take_the_weights_of_the_first_with_features() -> None:
+    for weights in run_on_ranks(2, features_with_a_weighting, "draws"):
+        assert weights.tolist() == [1, 1]
+
+
+def features_measured_less_often(local: bool) -> dict[str, Tensor]:
+    model = models.make(models.heads_on_a_trunk, 3)
+    ddp = DistributedDataParallel(models.WithFeatures(model))
+    optimizer = HarmonizedOptimizer(AdamW(model.parameters(), lr=0.01), measure_every=3)
+    for step in range(STEPS):
+        with ddp.no_sync() if local else nullcontext():
+            losses, z = ddp(*share(*models.batch(3, step)))
+            optimizer.backward(losses, features=z, sync_group=ddp if local else None)
+        optimizer.step()
+        optimizer.zero_grad()
+    return weights_of(model)
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_replicas_may_measure_at_the_features_less_often(local: bool) -> None:
+    model = models.make(models.heads_on_a_trunk, 3)
+    both = models.WithFeatures(model)
+    optimizer = HarmonizedOptimizer(AdamW(model.parameters(), lr=0.01), measure_every=3)
+    for step in range(STEPS):
+        losses, z = both(*models.batch(3, step))
+        optimizer.step(losses=losses, features=z)
+    first, second = run_on_ranks(2, features_measured_less_often, local)
+    assert_close(first, weights_of(model), rtol=1e-13, atol=1e-14)
+    assert_close(first, second, rtol=0, atol=0)
 
 
 # The step

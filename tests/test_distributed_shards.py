@@ -36,6 +36,7 @@ from tests.models import Tasks
 from tests.ranks import run_on_ranks
 from tests.test_distributed import (
     STEPS,
+    features_of_one_process,
     one_process,
     one_projected_process,
     share,
@@ -128,6 +129,47 @@ def test_shards_equal_one_process_on_the_whole_batch(
     expected = one_process(network, tasks)
     for weights in run_on_ranks(size, train_shards, network, tasks, how):
         assert_close(weights, expected, rtol=1e-12, atol=1e-12)
+
+
+def train_shards_on_features(how: str) -> dict[str, Tensor]:
+    """Train with FSDP2 or tensor parallel layers, the conflict met at the features."""
+    if how == "tensor parallel":
+        tasks = models.make(models.heads_on_a_trunk, 3)
+        mesh = init_device_mesh("cpu", (2,))
+        parallelize_module(
+            tasks.trunk, mesh, {"0": ColwiseParallel(output_layouts=Replicate())}
+        )
+        model = models.WithFeatures(tasks)
+    else:
+        make = models.make if how == "root" else sharded
+        model = models.WithFeatures(make(models.heads_on_a_trunk, 3))
+        if how == "root":
+            fully_shard(model)
+    optimizer = HarmonizedOptimizer(AdamW(model.parameters(), lr=0.01))
+    group = True if how == "by layer" else None
+    for step in range(STEPS):
+        batch = models.batch(3, step)
+        inputs, targets = batch if how == "tensor parallel" else share(*batch)
+        losses, z = model(inputs, targets)
+        optimizer.zero_grad()
+        optimizer.backward(losses, features=z, sync_group=group)
+        optimizer.step()
+    assert optimizer.last is not None
+    weights = full_weights(model)
+    return {
+        **{n.removeprefix("model."): w for n, w in weights.items()},
+        "gramian": optimizer.last.gramian,
+    }
+
+
+@pytest.mark.parametrize("how", ["by layer", "root", "tensor parallel"])
+def test_features_of_shards_equal_those_of_one_process(how: str) -> None:
+    expected = features_of_one_process(3)
+    if how == "tensor parallel":  # ranks with the same features
+        expected["gramian"] = expected["gramian"] / 2
+    first, second = run_on_ranks(2, train_shards_on_features, how)
+    assert_close(first, expected, rtol=1e-12, atol=1e-12)
+    assert_close(second, expected, rtol=1e-12, atol=1e-12)
 
 
 def train_projected_shards(tasks: int, how: str) -> dict[str, Tensor]:

@@ -117,6 +117,18 @@ def _ghopt(
     return step
 
 
+def _features(problem: Problem) -> Step:
+    optimizer = HarmonizedOptimizer(base(problem))
+
+    def step() -> None:
+        optimizer.zero_grad()
+        losses, features = problem.with_features()
+        optimizer.backward(losses, features=features)
+        optimizer.step()
+
+    return step
+
+
 def _paper(problem: Problem) -> Step:
     optimizer = base(problem)
 
@@ -311,6 +323,13 @@ METHODS = (
         gh,
         is_gh=True,
         cycle=4,
+    ),
+    Method(
+        "ghopt gh, features",
+        "another and weaker promise: conflicts are measured and removed at the last hidden "
+        "representation, in one pass; no task is opposed there, on the parameters many may "
+        "be",
+        _features,
     ),
     Method(
         "ghopt gh, recorded",

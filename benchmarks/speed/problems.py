@@ -17,10 +17,17 @@ OUTPUTS = 32
 
 @dataclass(frozen=True)
 class Problem:
-    """A network and what gives its K losses, with a new graph at each call."""
+    """A network and what gives its K losses, with a new graph at each call.
+
+    Attributes:
+        model: holds all parameters.
+        losses: gives the K losses.
+        with_features: gives them, and the last hidden representation of the trunk.
+    """
 
     model: nn.Module
     losses: Callable[[], list[Tensor]]
+    with_features: Callable[[], tuple[list[Tensor], Tensor]]
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -37,7 +44,7 @@ class Problem:
 class Network:
     """How to build a network, and how to draw its batch."""
 
-    build: Callable[[], nn.Module]
+    build: Callable[[], nn.Sequential]
     draw: Callable[[], Tensor]
 
 
@@ -56,11 +63,14 @@ def make(name: str, tasks: int, device: torch.device | str = "cpu") -> Problem:
     targets[1::2] = 0.75**0.5 * targets[1::2] - 0.5 * targets[: tasks // 2 * 2 : 2]
     model, inputs, targets = model.to(device), inputs.to(device), targets.to(device)
 
-    def losses() -> list[Tensor]:
-        outputs = model(inputs)
+    def compare(outputs: Tensor) -> list[Tensor]:
         return [nn.functional.mse_loss(outputs, target) for target in targets]
 
-    return Problem(model, losses)
+    def with_features() -> tuple[list[Tensor], Tensor]:
+        features = model[:-1](inputs)
+        return compare(model[-1](features)), features
+
+    return Problem(model, lambda: compare(model(inputs)), with_features)
 
 
 def make_pair(ratio: float, size: int = 10**5) -> Problem:
@@ -71,7 +81,12 @@ def make_pair(ratio: float, size: int = 10**5) -> Problem:
     other *= one.norm() / other.norm()
     rows = torch.stack([ratio * one, 0.75**0.5 * other - 0.5 * one])
     model = _Product(rows.float())
-    return Problem(model, lambda: list(model().unbind()))
+
+    def with_features() -> tuple[list[Tensor], Tensor]:
+        features = model.vector * 1
+        return list((model.get_buffer("rows") @ features).unbind()), features
+
+    return Problem(model, lambda: list(model().unbind()), with_features)
 
 
 class _Product(nn.Module):
@@ -109,7 +124,7 @@ class _Block(nn.Module):
         return sums.relu()
 
 
-def _resnet() -> nn.Module:
+def _resnet() -> nn.Sequential:
     """ResNet-18 as usual for 32x32 images: begins with 3x3, and pools nothing."""
     widths = (64, 64, 64, 128, 128, 256, 256, 512, 512)
     blocks = [_Block(*pair) for pair in pairwise(widths)]
@@ -157,14 +172,14 @@ class _Mean(nn.Module):
         return tokens.mean(1)
 
 
-def _transformer() -> nn.Module:
+def _transformer() -> nn.Sequential:
     """Six layers of width 256, with an embedding of 1000 tokens."""
     layers = [_Layer(256, heads=4) for _ in range(6)]
     head = nn.Linear(256, OUTPUTS)
     return nn.Sequential(nn.Embedding(1000, 256), *layers, _Mean(), head)
 
 
-def _mlp(*widths: int) -> nn.Module:
+def _mlp(*widths: int) -> nn.Sequential:
     model = nn.Sequential()
     for pair in pairwise(widths):
         model.extend([nn.Linear(*pair), nn.ReLU()])

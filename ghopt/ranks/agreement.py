@@ -167,6 +167,19 @@ def mean_over_ranks(
     return mean
 
 
+def sum_over_mesh(products: Tensor, parameters: Iterable[Tensor]) -> Tensor:
+    """Sum inner products over the ranks that share parameters as shards, if some do.
+
+    Divided by the square of their number: as of losses that are means over the batch of
+    all of them.
+    """
+    mesh = _mesh_of(parameters)
+    for group in mesh.get_all_groups() if mesh else []:
+        dist.all_reduce(products, group=group)
+        products /= group.size() ** 2
+    return products
+
+
 def talking_device(group: "ProcessGroup") -> torch.device:
     """Where to put what the host will read: on the CPU it waits for no device."""
     on_cpu = "cpu:" in dist.get_backend_config(group)

@@ -22,6 +22,7 @@ from ghopt.ranks.agreement import (
     digest,
     mark,
     process_group,
+    sum_over_mesh,
     talking_device,
 )
 from ghopt.ranks.replicas import SyncGroup, models_of
@@ -45,9 +46,10 @@ class Alone:
         summed: Sequence[Tensor],
         *,
         listed: bool,
+        messages: int | None = None,
     ) -> list[str]:
         """Give the tasks back."""
-        del shared, summed, listed
+        del shared, summed, listed, messages
         return [*names]
 
     def average(
@@ -58,6 +60,10 @@ class Alone:
     ) -> Callable[[], None]:
         """Leave the gradients as they are."""
         return _nothing
+
+    def sum_products(self, products: Tensor, parameters: Iterable[Tensor]) -> Tensor:
+        """Sum inner products over the ranks that share parameters as shards, if any."""
+        return sum_over_mesh(products, parameters)
 
     def first_weights(self, weights: Tensor) -> Tensor:
         """Give the weights back."""
@@ -80,6 +86,9 @@ class Ranks:
     * for each average one that tells which parameters have a gradient, two bytes each,
       and then the gradients;
     * one at the end, and the weights.
+
+    With features one before the inner products, one before the weights, and at the end
+    one average.
 
     A rank that fails says so in its next message, but for gradients. So the others fail,
     too, and do not wait.
@@ -114,6 +123,7 @@ class Ranks:
         summed: Sequence[Tensor],
         *,
         listed: bool,
+        messages: int | None = None,
     ) -> list[str]:
         """See that all ranks are about to do the same.
 
@@ -123,6 +133,8 @@ class Ranks:
                 all these ranks, since what they have is complete.
             summed: those of one more average at the end; if there are none, no average.
             listed: whether the tasks have no names of their own.
+            messages: where the average of ``summed`` is the only one, and the last
+                message: so many come before it.
 
         Returns:
             The tasks that any rank has, in one order: an average for each will follow.
@@ -146,12 +158,14 @@ class Ranks:
                 "parameters must be the same, in the same order and the same ones frozen, "
                 f"on all ranks, got others on rank(s) {odd} than on rank 0"
             )
-        lengths = [2 * len(self._shared)] * len(names)
-        if summed:
-            lengths.append(2 * len(self._summed))
+        if messages is None:
+            lengths = [2 * len(self._shared)] * len(names)
+            lengths += [2 * len(self._summed)] if summed else []
+            lengths += [0]
+        else:
+            lengths = [0] * messages + [2 * len(self._summed)]
         self._expected = [
-            torch.zeros(length, dtype=torch.uint8, device="cpu")
-            for length in [*lengths, 0]
+            torch.zeros(length, dtype=torch.uint8, device="cpu") for length in lengths
         ]
         return [*names]
 
@@ -223,6 +237,26 @@ class Ranks:
                 wait()
 
         return end
+
+    def sum_products(self, products: Tensor, parameters: Iterable[Tensor]) -> Tensor:
+        """Sum inner products of what each rank has by itself over all ranks, in place.
+
+        Args:
+            products: ``[K, K]``, of losses that are means over the batch of this rank.
+            parameters: of the optimizer. Ranks that share them as shards sum, too.
+
+        Returns:
+            Those of the means over the ranks.
+
+        Raises:
+            RuntimeError: if a rank failed or does not answer.
+        """
+        self._tell(self._expected[0])
+        # Ranks of a mesh that holds this group sum there.
+        if not any(self._is_complete(parameter) for parameter in parameters):
+            self._sum(products)()
+            products /= self._size**2
+        return sum_over_mesh(products, parameters)
 
     def first_weights(self, weights: Tensor) -> Tensor:
         """See that no rank failed, and take the weights of the first rank.

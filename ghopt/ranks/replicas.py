@@ -120,6 +120,18 @@ class Replicas:
                 is_local |= sync_group is None and (is_ours or passes > 0)
         return is_local
 
+    def armed(self, parameters: Iterable[Tensor]) -> list[DistributedDataParallel]:
+        """List the models of some parameters that average the next backward pass."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return []
+        known = set(parameters)
+        return [
+            model
+            for model in self._find()
+            if model.require_forward_param_sync
+            and not known.isdisjoint(model.parameters())
+        ]
+
     def _find(self) -> list[DistributedDataParallel]:
         """List the models that have run, but for one in the middle of its forward pass.
 

@@ -41,11 +41,15 @@ MOST_OPERATIONS = 46
 
 
 def scaled(problem: Problem, *factors: float) -> Problem:
-    def losses() -> list[Tensor]:
-        pairs = zip(factors, problem.losses(), strict=True)
+    def multiply(losses: list[Tensor]) -> list[Tensor]:
+        pairs = zip(factors, losses, strict=True)
         return [factor * loss for factor, loss in pairs]
 
-    return Problem(problem.model, losses)
+    def with_features() -> tuple[list[Tensor], Tensor]:
+        losses, features = problem.with_features()
+        return multiply(losses), features
+
+    return Problem(problem.model, lambda: multiply(problem.losses()), with_features)
 
 
 def update(method: Method, problem: Problem) -> Tensor:
@@ -196,7 +200,12 @@ def repelling() -> Problem:
     rows = rows - 1.2 * rows.mean(0)
     vector = nn.Parameter(torch.zeros(6))
     model = nn.ParameterList([vector])
-    return Problem(model, lambda: list((rows @ vector).unbind()))
+
+    def with_features() -> tuple[list[Tensor], Tensor]:
+        features = vector * 1
+        return list((rows @ features).unbind()), features
+
+    return Problem(model, lambda: with_features()[0], with_features)
 
 
 def test_the_pcgrad_loop_takes_means_where_tasks_share_and_sums_elsewhere() -> None:
@@ -205,11 +214,12 @@ def test_the_pcgrad_loop_takes_means_where_tasks_share_and_sums_elsewhere() -> N
         for value, layer in enumerate([trunk, *heads], 1):
             nn.init.constant_(layer.weight, value)
 
-        def losses() -> list[Tensor]:
+        def with_features() -> tuple[list[Tensor], Tensor]:
             features = trunk(torch.ones(2, 3))
-            return [head(features).sum() for head in heads]
+            return [head(features).sum() for head in heads], features
 
-        return Problem(nn.ModuleList([trunk, *heads]), losses)
+        model = nn.ModuleList([trunk, *heads])
+        return Problem(model, lambda: with_features()[0], with_features)
 
     plain = update(PLAIN, two_heads())
     found = update(NAMED["Pytorch-PCGrad"], two_heads())
@@ -458,7 +468,7 @@ def test_the_command_prints_the_tables_and_writes_all_figures(
     assert f"torch {torch.__version__}" in shown.splitlines()[0]
     assert written["environment"]["torch"] == torch.__version__
     figures = [Figure(**figure) for figure in written["figures"]]
-    assert len(figures) == 21 + 20 + 4 * sum(method.is_gh for method in METHODS)
+    assert len(figures) == 22 + 20 + 4 * sum(method.is_gh for method in METHODS)
     memory = [figure for figure in figures if figure.table == "memory"]
     assert format_table(memory) in shown
 
