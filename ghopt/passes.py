@@ -208,7 +208,7 @@ def _run_all(
             # Where there are earlier gradients autograd adds to them in place.
             for parameter in roles.harmonized:
                 parameter.grad = of_task.pop(parameter, None)
-            with _with_cure():
+            with with_cure():
                 run(name, losses[name], name in retaining)
             watch.check()
             for parameter in roles.harmonized:
@@ -236,7 +236,7 @@ def runner(backward_fn: BackwardFn | None) -> RunPass:
 
 
 @contextmanager
-def _with_cure() -> Iterator[None]:
+def with_cure() -> Iterator[None]:
     """Name the cure where the graph is gone."""
     try:
         yield
