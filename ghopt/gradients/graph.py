@@ -10,7 +10,6 @@ registered before count, too: only the next pass then takes no notice of what is
 
 import sys
 import threading
-import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, TypeAlias
@@ -82,11 +81,16 @@ def hides(node: Any) -> bool:
     """
     kind: Any = type(node)
     for name in _saved_by(kind):
-        if getattr(node, f"_raw_saved_{name}").unpack_hook is not None:
-            return True
-        saved = getattr(node, f"_saved_{name}")
-        if saved is not None and saved.retains_grad:
-            return True
+        raw, saved = (
+            getattr(node, f"_raw_saved_{name}"),
+            getattr(node, f"_saved_{name}"),
+        )
+        for one in raw if isinstance(raw, tuple) else (raw,):
+            if one.unpack_hook is not None:
+                return True
+        for tensor in saved if isinstance(saved, tuple) else (saved,):
+            if tensor is not None and tensor.retains_grad:
+                return True
     return False
 
 
@@ -123,8 +127,10 @@ class Hooks(threading.local):
 
     def __init__(self) -> None:
         self._count, self._since = -1, 0
-        # Leaves that nobody listened to, after so many hooks.
-        self._clean: dict[int, weakref.ref[Tensor]] = {}
+        # Numbers of leaves that nobody listened to, after so many hooks. A tensor that
+        # takes the place of one is newer than all hooks; a weak reference to a parameter
+        # would forbid torch to swap it.
+        self._clean: set[int] = set()
         self.note()
 
     def note(self) -> None:
@@ -155,14 +161,13 @@ class Hooks(threading.local):
         if variable._backward_hooks or variable._post_accumulate_grad_hooks:
             return True
         # A leaf has one node at a time: it was looked at, and no hook is newer.
-        known = self._clean.get(id(variable)) if self.are_known else None
-        if known is not None and known() is variable:
+        if self.are_known and id(variable) in self._clean:
             return False
         if is_hooked(leaf):
             return True
         if len(self._clean) >= _MOST_LEAVES:  # inputs, that die after each step
             self._clean.clear()
-        self._clean[id(variable)] = weakref.ref(variable)
+        self._clean.add(id(variable))
         return False
 
 

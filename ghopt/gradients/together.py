@@ -2,7 +2,7 @@
 
 In a small network a pass costs its calls, not its arithmetic, and K tasks make the same
 ones. So each task runs a pass of its own through what it alone reaches, its loss or its
-head, and from there one pass takes the K gradients side by side, as a batch.
+head, and from where they meet one pass takes the K gradients side by side, as a batch.
 
 Only where that cannot be told from separate passes: what is common are nodes of kinds whose
 batching rules were tried, and nobody listens. What does not show is ``retain_grad()`` of a
@@ -38,14 +38,14 @@ _LEAF: type = vars(torch._C._functions)["AccumulateGrad"]
 KINDS = frozenset(
     f"{kind}Backward{number}"
     for kind, numbers in {
-        "Abs": "0", "Add": "01", "Addmm": "0", "Bmm": "0", "Cat": "0", "Clamp": "1",
-        "Clone": "0", "Cos": "0", "Div": "01", "Elu": "0", "Exp": "0", "Expand": "0",
+        "Abs": "0", "Add": "0", "Addmm": "0", "Bmm": "0", "Cat": "0", "Clamp": "1",
+        "Clone": "0", "Cos": "0", "Div": "0", "Elu": "0", "Exp": "0", "Expand": "0",
         "Gelu": "0", "LeakyRelu": "0", "Log": "0", "LogSigmoid": "0", "LogSoftmax": "0",
-        "Mean": "01", "Mm": "0", "MseLoss": "0", "Mul": "01", "Mv": "0",
+        "Mean": "01", "Mm": "0", "MseLoss": "0", "Mul": "0", "Mv": "0",
         "NativeLayerNorm": "0", "Neg": "0", "Permute": "0", "Pow": "0", "Relu": "0",
         "Rsub": "1", "Select": "0", "Sigmoid": "0", "Silu": "0", "Sin": "0", "Slice": "0",
         "Softmax": "0", "Softplus": "0", "Split": "0", "Sqrt": "0", "Squeeze": "01",
-        "Stack": "0", "Sub": "01", "Sum": "01", "T": "0", "Tanh": "0", "Transpose": "0",
+        "Stack": "0", "Sub": "0", "Sum": "01", "T": "0", "Tanh": "0", "Transpose": "0",
         "Unbind": "0", "UnsafeView": "0", "Unsqueeze": "0", "View": "0",
     }.items()
     for number in numbers
@@ -228,9 +228,12 @@ def put_together(
         return None
     plan = _plan(starts, owners, edges)
     leaves = [*plan.leaves, *(leaf for own in plan.own for leaf in own)]
-    if not (_pays(plan, len(common)) and _are_plain(leaves, parameters)):
+    pays = _meet(plan) and _pays(len(starts), len(common))
+    if not (pays and _are_plain(leaves, parameters)):
         return None
-    if any(HOOKS.may_be_on(node) or hides(node) for node in inner):
+    if any(map(HOOKS.may_be_on, inner)) or any(
+        hides(node) for node in edges if type(node) is not _LEAF
+    ):
         return None
     return Together([*losses.values()], plan)
 
@@ -283,18 +286,24 @@ def _trained(leaves: Iterable[Any]) -> list[Any]:
     return [leaf for leaf in leaves if leaf.variable.requires_grad]
 
 
-def _pays(plan: _Plan, common: int) -> bool:
-    """Say whether one pass through the nodes in common is less work than K."""
-    tasks, ends = len(plan.tops), {edge for edges in plan.tops for edge in edges}
-    entered = sum(map(len, plan.tops))
+def _meet(plan: _Plan) -> bool:
+    """Say whether each task meets the others at one node, and most at the same."""
+    meetings = [{node for node, _ in edges} for edges in plan.tops]
     return (
-        all(plan.tops)
-        # Where a task does not enter the pass carries zeros for it.
-        and 2 * entered >= tasks * len(ends)
-        # Measured on the CPU: a node of a batch costs two, and to start the pass of a task
-        # as much as seven.
-        and common * (tasks - 2) > 7 * tasks
+        # The pass of a task would run through all that leads from one to another.
+        all(len(nodes) == 1 for nodes in meetings)
+        # Where a task does not come by, the pass carries zeros for it.
+        and len(set().union(*meetings)) <= 2
     )
+
+
+def _pays(tasks: int, common: int) -> bool:
+    """Say whether one pass through so many nodes in common is less work than K.
+
+    Measured on the CPU: a node of a batch costs two, and to start the pass of a task as
+    much as seven.
+    """
+    return common * (tasks - 2) > 7 * tasks
 
 
 def _are_plain(leaves: Iterable[Any], parameters: Iterable[Tensor]) -> bool:

@@ -17,6 +17,8 @@ from ghopt import HarmonizedOptimizer, gh
 from tests import models
 from tests.models import Tasks
 
+pytestmark = pytest.mark.usefixtures("passes")
+
 
 @pytest.fixture(autouse=True, scope="module")
 def _only_new_objects() -> Iterator[None]:
