@@ -81,17 +81,19 @@ def hides(node: Any) -> bool:
     """
     kind: Any = type(node)
     for name in _saved_by(kind):
-        raw, saved = (
-            getattr(node, f"_raw_saved_{name}"),
-            getattr(node, f"_saved_{name}"),
-        )
-        for one in raw if isinstance(raw, tuple) else (raw,):
-            if one.unpack_hook is not None:
-                return True
-        for tensor in saved if isinstance(saved, tuple) else (saved,):
-            if tensor is not None and tensor.retains_grad:
-                return True
+        raw = getattr(node, f"_raw_saved_{name}")
+        if any(one.unpack_hook is not None for one in _listed(raw)):
+            return True
+        # Now to ask for it computes nothing.
+        saved = _listed(getattr(node, f"_saved_{name}"))
+        if any(tensor is not None and tensor.retains_grad for tensor in saved):
+            return True
     return False
+
+
+def _listed(saved: Any) -> tuple[Any, ...]:
+    """List what a node saved under one name, one tensor or several."""
+    return saved if isinstance(saved, tuple) else (saved,)
 
 
 @cache
