@@ -116,7 +116,7 @@ def test_in_float32_the_result_differs_by_its_rounding() -> None:
         model = network(torch.float32)
         out = model(inputs(torch.float32))
         with counted() as count:
-            ghopt.backward(losses(out), model.parameters(), passes=passes)  # type: ignore[arg-type]  # a str
+            ghopt.backward(losses(out), model.parameters(), passes=passes)
         assert count == [int(passes == "auto")]
         found = [p.grad for p in model.parameters() if p.grad is not None]
         assert all(grad.dtype is torch.float32 for grad in found)
@@ -126,6 +126,9 @@ def test_in_float32_the_result_differs_by_its_rounding() -> None:
 
 class Heads(nn.Module):
     """A trunk and a head for each task, of two layers, and a layer that nobody uses."""
+
+    trunk: nn.Sequential
+    heads: nn.ModuleList
 
     def __init__(self) -> None:
         super().__init__()
@@ -142,7 +145,7 @@ class Heads(nn.Module):
         return [head(features).exp().mean() for head in self.heads]
 
 
-def with_heads() -> tuple[nn.Module, Losses]:
+def with_heads() -> tuple[Heads, Losses]:
     torch.manual_seed(0)
     model = Heads()
     return model, model(inputs())
@@ -235,7 +238,7 @@ EXPRESSIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "norm": lambda x, a, b: F.layer_norm(x @ a, [WIDTH], b[0], b[1]),
     "joined": lambda x, a, b: torch.cat([x @ a, x @ b], 1)[:, 3:9].clone(),
     "stacked": lambda x, a, b: torch.stack([x @ a, x @ b]).sum(0) + a[0].expand(6, 6),
-    "split": lambda x, a, b: torch.cat([*(x @ a @ b).split(3, 1)][::-1], 1),
+    "split": lambda x, a, b: torch.cat([*torch.functional.split(x @ a @ b, 3, 1)][::-1], 1),
     "unbound": lambda x, a, b: torch.stack((x * a[0]).unbind(1), 1) * b.select(0, 1),
     "shaped": lambda x, a, b: (
         (x @ a).view(6, 2, 3).permute(2, 0, 1).transpose(0, 1).reshape(6, 6) @ b.t()
@@ -295,7 +298,9 @@ def programs(draw: st.DrawFn) -> Case:
         for found, act in zip(layers, acts, strict=False):
             outs.append(getattr(found(outs[-1]), act)())
         scalars = [
-            sum((outs[d] * torch.randn(())).square().sum() for d in of_task)
+            torch.stack(
+                [(outs[d] * torch.randn(())).square().sum() for d in of_task]
+            ).sum()
             for of_task in depths
         ]
         pairs = zip(scalars, heads, has_heads, strict=True)
@@ -314,7 +319,7 @@ def test_any_network_comes_out_the_same(case: Case) -> None:
     for passes in ("auto", "separate"):
         HOOKS.note()
         model, tasks = case()
-        optimizer = HarmonizedOptimizer(SGD(model.parameters()), passes=passes)  # type: ignore[arg-type]  # a str
+        optimizer = HarmonizedOptimizer(SGD(model.parameters()), passes=passes)
         with patch.object(together, "_pays", return_value=True):
             optimizer.backward(tasks)
         grads.append([p.grad for p in model.parameters()])
@@ -344,7 +349,7 @@ def test_all_that_is_no_parameter_of_the_optimizer_receives_the_plain_sum() -> N
         optimizer = HarmonizedOptimizer(
             base,
             shared_params=[*model.trunk.parameters()][2:],
-            passes=passes,  # type: ignore[arg-type]  # a str
+            passes=passes,
         )
         with counted() as count:
             optimizer.backward(tasks)
@@ -391,7 +396,7 @@ def test_gradients_add_to_what_is_there_and_nothing_is_made_for_others() -> None
 def test_a_layer_frozen_after_the_forward_pass_stays_without_gradient() -> None:
     HOOKS.note()
     model, tasks = with_heads()
-    for layer in (model.trunk[2], model.heads[1]):  # type: ignore[index]  # a Heads
+    for layer in (model.trunk[2], model.heads[1]):
         layer.requires_grad_(False)
     with counted() as count:
         HarmonizedOptimizer(SGD(model.parameters())).backward(tasks)
@@ -413,7 +418,7 @@ def test_the_graph_is_freed_unless_it_is_to_be_kept() -> None:
     with pytest.raises(RuntimeError, match="graph of these losses is gone"):
         optimizer.backward(tasks)
     with pytest.raises(RuntimeError, match="second time"):
-        tasks[-1].backward()
+        tasks[-1].backward()  # type: ignore[no-untyped-call]  # torch's
 
 
 def test_an_activation_modified_in_place_is_an_error_as_ever() -> None:
@@ -421,30 +426,31 @@ def test_an_activation_modified_in_place_is_an_error_as_ever() -> None:
     model = network()
     hidden = model[:4](inputs())
     tasks = losses(model[4:](hidden))
-    before = torch.ones_like(model[0].weight)
-    model[0].weight.grad = before
+    first, _, third, *_ = model.parameters()
+    before = torch.ones_like(first)
+    first.grad = before
     with torch.no_grad():
         hidden.mul_(2)
     optimizer = HarmonizedOptimizer(SGD(model.parameters()))
     with pytest.raises(RuntimeError, match="modified by an inplace"):
         optimizer.backward(tasks)
-    assert model[0].weight.grad is before
+    assert first.grad is before
     assert before.eq(1).all()
-    assert model[2].weight.grad is None
+    assert third.grad is None
 
 
 def test_hooks_are_given_the_inner_products_over_some_parameters() -> None:
     HOOKS.note()
     seen: list[Tensor] = []
     model, tasks = with_heads()
-    wanted = [*model.trunk[0].parameters(), *model.heads[1].parameters()]  # type: ignore[index]  # a Heads
+    wanted = [*model.trunk[0].parameters(), *model.heads[1].parameters()]
     jacobian = literal_gradients(tasks, wanted)
     optimizer = HarmonizedOptimizer(SGD(model.parameters()))
     optimizer.register_harmonize_hook(
         lambda _, gramian_of: seen.extend([gramian_of(wanted), gramian_of([])])
     )
     model, tasks = with_heads()
-    wanted[:] = [*model.trunk[0].parameters(), *model.heads[1].parameters()]  # type: ignore[index]  # likewise
+    wanted[:] = [*model.trunk[0].parameters(), *model.heads[1].parameters()]
     optimizer.base_optimizer.param_groups[0]["params"] = [*model.parameters()]
     with counted() as count:
         optimizer.backward(tasks)
@@ -654,12 +660,13 @@ def weights_of_a_subclass(model: nn.Sequential) -> None:
     class Weight(nn.Parameter):
         pass
 
-    model[0].weight = Weight(model[0].weight.detach())
+    layer: Any = model[0]
+    layer.weight = Weight(layer.weight.detach())
 
 
 def weights_with_other_strides(model: nn.Sequential) -> None:
-    weight = nn.Parameter(model[0].weight.detach().T.contiguous().T)
-    model[0].weight = weight
+    layer: Any = model[0]
+    layer.weight = nn.Parameter(layer.weight.detach().T.contiguous().T)
 
 
 @pytest.mark.parametrize("change", [weights_of_a_subclass, weights_with_other_strides])
@@ -706,7 +713,7 @@ def test_what_was_not_tried_takes_separate_passes(name: str) -> None:
     for passes in ("auto", "separate"):
         HOOKS.note()
         model, tasks = split_at(PARTS[name])()
-        optimizer = HarmonizedOptimizer(SGD(model.parameters()), passes=passes)  # type: ignore[arg-type]  # a str
+        optimizer = HarmonizedOptimizer(SGD(model.parameters()), passes=passes)
         with counted() as count:
             optimizer.backward(tasks)
         assert count == [0]

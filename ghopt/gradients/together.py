@@ -186,7 +186,8 @@ class TogetherGradients:
         row = weighted_row(self._matrix, weights, wide=wide)
         parts = row.split_with_sizes(self._sizes)
         pairs = zip(self._parameters, parts, strict=True)
-        return {parameter: part.view_as(parameter) for parameter, part in pairs}
+        # As ever, no two gradients share memory.
+        return {p: part.clone().view_as(p) for p, part in pairs}
 
 
 def may_pay(parameters: Iterable[Tensor], tasks: int) -> bool:
