@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from ghopt.geometry import Weighting, gh
+from ghopt.harmonize import Passes
 from ghopt.optimizer import HarmonizedOptimizer
 
 
@@ -46,7 +47,7 @@ class HarmonizedFromParams(HarmonizedOptimizer):
         weighting: as for :class:`HarmonizedOptimizer`; so are all that follow.
         shared_params: likewise.
         measure_every: likewise.
-        deferred: likewise.
+        passes: likewise.
         project_step: likewise.
         protect: likewise.
 
@@ -64,7 +65,7 @@ class HarmonizedFromParams(HarmonizedOptimizer):
         weighting: Weighting = gh,
         shared_params: Iterable[Tensor] | None = None,
         measure_every: int = 1,
-        deferred: bool = False,
+        passes: Passes = "auto",
         project_step: bool = False,
         protect: Iterable[str | int] | None = None,
         **options: Any,
@@ -78,7 +79,7 @@ class HarmonizedFromParams(HarmonizedOptimizer):
             weighting,
             shared_params=shared_params,
             measure_every=measure_every,
-            deferred=deferred,
+            passes=passes,
             project_step=project_step,
             protect=protect,
         )

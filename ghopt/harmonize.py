@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -25,7 +25,9 @@ from ghopt.features import (
 from ghopt.forms import home_of_numbers
 from ghopt.geometry import Weighting, gh
 from ghopt.gradients import StoredGradients, TaskGradients
-from ghopt.gradients.deferred import defer
+from ghopt.gradients.choice import choose
+from ghopt.gradients.graph import HOOKS
+from ghopt.gradients.together import Together
 from ghopt.losses import (
     Losses,
     as_in_total,
@@ -49,6 +51,7 @@ from ghopt.passes import (
     runner,
     set_aside,
     trained,
+    with_cure,
 )
 from ghopt.ranks import (
     ALONE,
@@ -69,6 +72,10 @@ Reusable: TypeAlias = Callable[[Mapping[str, Tensor]], Harmonization | None]
 """Gives weights that serve these losses once more, or None."""
 
 
+Passes: TypeAlias = Literal["auto", "separate"]
+"""How the passes of tasks may run: see :class:`ghopt.HarmonizedOptimizer`."""
+
+
 @dataclass(frozen=True)
 class Options:
     """How one ``backward`` runs: see :func:`backward`, and ``HarmonizedOptimizer``.
@@ -83,7 +90,7 @@ class Options:
     backward_fn: BackwardFn | None = None
     accumulate_only: bool = False
     sync_group: SyncGroup | None = None
-    deferred: bool = False
+    passes: Passes = "auto"
     keep: bool = False
     protect: Collection[str] | None = None
     features: Features | None = None
@@ -118,6 +125,7 @@ def backward(
     accumulate_only: bool = False,
     accumulation: Accumulation | None = None,
     sync_group: SyncGroup | None = None,
+    passes: Passes = "auto",
     features: Features | None = None,
 ) -> Harmonization | None:
     """Run one backward pass per task and add the harmonized gradient to ``.grad``.
@@ -146,6 +154,7 @@ def backward(
         accumulate_only: keep the gradients in ``accumulation``, for the next call.
         accumulation: the same object for all micro-batches of a step.
         sync_group: see there.
+        passes: as for the constructor of ``HarmonizedOptimizer``.
         features: see there; then ``params`` are those whose ``.grad`` stays as it was if
             a pass fails, and which are averaged with a ``sync_group``. Who receives which
             sum is the graph's affair.
@@ -156,12 +165,14 @@ def backward(
 
     Raises:
         TypeError: as there, or if ``params`` are no parameters.
-        ValueError: as there, or if ``accumulate_only`` comes without ``accumulation``.
+        ValueError: as there, or if ``accumulate_only`` comes without ``accumulation``, or
+            ``passes`` is something else.
         RuntimeError: as there.
     """
     if accumulate_only and accumulation is None:
         raise ValueError("accumulation must be given with accumulate_only, got None")
     check_weighting(weighting)
+    check_passes(passes)
     kept = Accumulation() if accumulation is None else accumulation
     roles = Roles(trained(params), trained(summed_params), [])
     options = Options(
@@ -170,10 +181,20 @@ def backward(
         backward_fn,
         accumulate_only,
         sync_group,
-        deferred=False,
+        passes,
         features=features,
     )
     return run(losses, roles, weighting, options, kept, Replicas()).found
+
+
+def check_passes(passes: object) -> None:
+    """Refuse another way to run passes.
+
+    Raises:
+        ValueError: if it is none of :data:`Passes`.
+    """
+    if passes not in get_args(Passes):
+        raise ValueError(f'passes must be "auto" or "separate", got {passes!r}')
 
 
 def run(
@@ -255,6 +276,7 @@ def run(
             else:
                 put_back(roles.own, grads, {**added, **sums})
                 accumulation.forget()
+    HOOKS.note()
     is_kept = options.keep and found is not None
     return Outcome(named, found, reused, stored.without_graph() if is_kept else None)
 
@@ -563,19 +585,26 @@ def _collect(
     """Run the passes, and give what they leave."""
     for parameter in roles.summed:
         parameter.grad = summed.pop(parameter, None)
-    may_defer = options.deferred and not (options.accumulate_only or options.keep)
-    deferral = None
-    # What is deferred has the tasks of this call alone.
-    is_all = stored.names == tuple(losses)
-    if may_defer and is_all and options.backward_fn is None:
-        deferral = defer(losses, roles.harmonized)
+    chosen = None
+    if (
+        options.passes == "auto"
+        and not (options.accumulate_only or options.keep or options.backward_fn)
+        # Other passes give the gradients of this call and its tasks alone.
+        and not stored
+        and stored.names == tuple(losses)
+    ):
+        with with_cure():
+            chosen = choose(losses, roles.harmonized, roles.own)
+    if isinstance(chosen, Together):
+        with with_cure():
+            return chosen.run(roles.harmonized, retain_graph=options.retain_graph)
     with keeping_bucket_views(grads):
         run_passes(
             losses,
             stored,
             roles,
-            run=deferral.run if deferral else runner(options.backward_fn),
+            run=chosen.run if chosen else runner(options.backward_fn),
             retain_graph=options.retain_graph,
             ranks=ranks,
         )
-    return deferral.join(stored) if deferral else stored
+    return chosen.join(stored) if chosen else stored

@@ -22,7 +22,16 @@ from ghopt.closures import Closure, are_losses, has_new, is_single, versions
 from ghopt.features import Features
 from ghopt.geometry import Weighting, gh
 from ghopt.gradients import StoredGradients
-from ghopt.harmonize import LATE, Options, finish, numbers_of, run
+from ghopt.gradients.graph import HOOKS
+from ghopt.harmonize import (
+    LATE,
+    Options,
+    Passes,
+    check_passes,
+    finish,
+    numbers_of,
+    run,
+)
 from ghopt.losses import Losses, named_losses, protected_names
 from ghopt.measuring import Harmonization, HarmonizeHook, check_weighting
 from ghopt.passes import BackwardFn, Roles
@@ -73,14 +82,19 @@ class HarmonizedOptimizer(Wrapper):
             may oppose a task. Other tasks than before are measured anew; so are the
             first ones after a checkpoint is loaded, which does not hold the weights.
             Weights that were not finite serve as 1.
-        deferred: on the CPU, make the weight gradients of linear layers once for all
-            tasks where the layer has so few rows (batch x positions) that this is less
-            work and memory. The result is the same. What can be deferred is found anew
-            at each step in the graph of the losses: a weight that serves for anything
-            else, that is hooked or that is not plain float32 or float64 takes the
-            ordinary way; so do all with ``backward_fn`` or ``accumulate_only``, under
-            autocast, with a process group, and in checkpoints and compiled models. (One
-            use is not seen: a hook on a transposed weight of your own.)
+        passes: ``"auto"`` looks at the graph of the losses before the first pass of a
+            step, on the CPU, and takes what is faster and gives the same to rounding.
+            Linear layers with so few rows (batch x positions) that it is less work and
+            memory get their weight gradients once for all tasks. In small networks four
+            tasks or more share one pass through what they have in common. All else takes
+            a pass for each task, as everything does with ``"separate"``: with hooks on what
+            would be shared, functions of your own, checkpoints, compiled parts,
+            ``backward_fn``, ``accumulate_only``, ``project_step``, autocast, a process
+            group, or torch 2.6. (A hook registered anywhere since the last step may have
+            that effect for one step.) Not seen is ``retain_grad()`` of a weight that you
+            transposed by hand, which stays without ``.grad``, and, in a small network, of
+            an activation that nothing saved as its input (before a ReLU, say): its
+            ``.grad`` is of no use then. Nor are hooks in C++.
         project_step: change what the base optimizer does as little as it takes so that no
             task is set back, to first order. ``gh`` promises this of the *gradient*;
             momentum and Adam's scales make a step of it that opposes tasks all the same.
@@ -109,7 +123,7 @@ class HarmonizedOptimizer(Wrapper):
             the base makes it.)
 
             Costs K + 1 copies of the gradients, kept until the step, and two Gramians'
-            last rows. Layers are not deferred. Replicas must have processors alike: each
+            last rows. Passes are separate. Replicas must have processors alike: each
             projects by itself.
         protect: names of tasks, or numbers in a list of losses, that the others must not
             harm: "one main task and auxiliary losses". With ``gh`` the gradients are
@@ -121,7 +135,7 @@ class HarmonizedOptimizer(Wrapper):
         base_optimizer: as given.
         weighting: as given.
         measure_every: as given.
-        deferred: as given.
+        passes: as given.
         project_step: as given.
         protect: names as given, numbers as the names that they stand for; or None.
 
@@ -134,16 +148,18 @@ class HarmonizedOptimizer(Wrapper):
             ``base_optimizer``, or ``measure_every`` is less than 1, or more with
             ``shared_params``, since one pass cannot give both sums, or more with
             ``project_step``, since one pass gives no gradients of tasks; if ``protect``
-            is empty, or has neither ``gh`` nor ``project_step`` to do it.
+            is empty, or has neither ``gh`` nor ``project_step`` to do it; if ``passes``
+            is something else.
     """
 
-    project_step: bool = False  # of a pickle that is older than it
+    passes: Passes = "auto"  # of a pickle that is older than it
+    project_step: bool = False  # likewise
     protect: tuple[str, ...] | None = None  # likewise
     _arguments = (
         "base_optimizer",
         "weighting",
         "measure_every",
-        "deferred",
+        "passes",
         "project_step",
         "protect",
     )
@@ -155,7 +171,7 @@ class HarmonizedOptimizer(Wrapper):
         *,
         shared_params: Iterable[Tensor] | None = None,
         measure_every: int = 1,
-        deferred: bool = False,
+        passes: Passes = "auto",
         project_step: bool = False,
         protect: Iterable[str | int] | None = None,
     ) -> None:
@@ -178,6 +194,7 @@ class HarmonizedOptimizer(Wrapper):
         if measure_every > 1 and project_step:
             given = f"got {measure_every}"
             raise ValueError(f"measure_every must be 1 with project_step, {given}")
+        check_passes(passes)
         self.protect = None if protect is None else protected_names(protect)
         if protect is not None and weighting is not gh and not project_step:
             raise ValueError(
@@ -186,7 +203,7 @@ class HarmonizedOptimizer(Wrapper):
         self.base_optimizer = base_optimizer
         self.weighting = weighting
         self.measure_every = measure_every
-        self.deferred = deferred
+        self.passes = passes
         self.project_step = project_step
         self._shared = (
             None if shared_params is None else places(shared_params, base_optimizer)
@@ -411,6 +428,7 @@ class HarmonizedOptimizer(Wrapper):
         """
         handle = RemovableHandle(self._harmonize_hooks)
         self._harmonize_hooks[handle.id] = hook
+        HOOKS.note()  # it is none of a graph
         return handle
 
     def register_change_hook(self, hook: ChangeHook) -> RemovableHandle:
@@ -426,6 +444,7 @@ class HarmonizedOptimizer(Wrapper):
         """
         handle = RemovableHandle(self._change_hooks)
         self._change_hooks[handle.id] = hook
+        HOOKS.note()
         return handle
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -496,6 +515,7 @@ class HarmonizedOptimizer(Wrapper):
 
     def _set_up(self) -> None:
         """Start with no progress and no hooks; torch expects six dictionaries of hooks."""
+        HOOKS.note()
         self._progress = Progress()
         self._harmonize_hooks: OrderedDict[int, HarmonizeHook] = OrderedDict()
         self._change_hooks: OrderedDict[int, ChangeHook] = OrderedDict()
@@ -618,7 +638,7 @@ class HarmonizedOptimizer(Wrapper):
         if given.get("features") is not None:
             self._check_features()
         keep = self.project_step or bool(self._change_hooks)
-        return Options(**given, deferred=self.deferred, keep=keep, protect=self.protect)
+        return Options(**given, passes=self.passes, keep=keep, protect=self.protect)
 
     def _check_features(self) -> None:
         """Refuse features where a part of what they stand for is asked for otherwise."""

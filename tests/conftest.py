@@ -9,8 +9,10 @@ import pytest
 import torch
 from hypothesis import settings
 
-from ghopt import geometry
+import ghopt
+from ghopt import HarmonizedOptimizer, geometry
 from ghopt.geometry import cone
+from ghopt.gradients import deferred, together
 
 # torch's first calls are slow, so a deadline would fail on them and on nothing else. The
 # same draws each time: a test that passed for one must not fail for another by chance.
@@ -35,6 +37,28 @@ def place(request: pytest.FixtureRequest) -> Iterator[str]:
     with (
         patch.object(geometry, "reading_is_free", return_value=False),
         patch.object(cone, "reading_is_free", return_value=False),
+    ):
+        yield request.param
+
+
+@pytest.fixture(scope="module")
+def never_separate() -> Iterator[None]:
+    """Run tests with passes="auto" such that no gain is too small."""
+    with (
+        patch.object(together, "_FEWEST_TASKS", 2),
+        patch.object(together, "_pays", lambda *_: True),
+        patch.object(deferred, "_pays", lambda rows, *_: rows > 0),
+    ):
+        yield
+
+
+@pytest.fixture(scope="module", params=["auto", "separate"])
+def passes(request: pytest.FixtureRequest, never_separate: None) -> Iterator[str]:
+    """Run a test with separate passes, and with others wherever it can be."""
+    del never_separate
+    with (
+        patch.dict(HarmonizedOptimizer.__init__.__kwdefaults__, passes=request.param),
+        patch.dict(ghopt.backward.__kwdefaults__, passes=request.param),
     ):
         yield request.param
 

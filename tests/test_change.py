@@ -755,9 +755,7 @@ def test_what_is_kept_does_not_hold_a_graph() -> None:
 
 def test_no_layer_is_deferred() -> None:
     layer = nn.Linear(512, 512)
-    optimizer = HarmonizedOptimizer(
-        SGD(layer.parameters(), lr=0.1), deferred=True, project_step=True
-    )
+    optimizer = HarmonizedOptimizer(SGD(layer.parameters(), lr=0.1), project_step=True)
     parameters = [*layer.parameters()]
     seen: list[Change] = []
     optimizer.register_change_hook(seen.append)

@@ -84,7 +84,7 @@ def everything(model: models.Tasks, losses: list[Tensor]) -> list[Any]:
     made: list[Any] = [harmonized_loss(losses, model.parameters())]
     recorder = Recorder()
     measure(losses, model.parameters(), recorder=recorder, layers=model)
-    optimizer = HarmonizedOptimizer(SGD(model.parameters(), 0.1), deferred=True)
+    optimizer = HarmonizedOptimizer(SGD(model.parameters(), 0.1))
     recorder.attach(optimizer, layers={"trunk": model.trunk.parameters()})
     optimizer.backward(losses, retain_graph=True, accumulate_only=True)
     optimizer.backward(losses, retain_graph=True, total=torch.stack([*losses]).sum())

@@ -74,12 +74,12 @@ def test_options_of_the_wrapper_reach_it() -> None:
         layer.parameters(),
         base_class=Adam,
         weighting=ghpp,
-        deferred=True,
+        passes="separate",
         project_step=True,
         protect=("main", 1),
     )
     assert optimizer.weighting is ghpp
-    assert optimizer.deferred
+    assert optimizer.passes == "separate"
     assert optimizer.project_step
     assert optimizer.protect == ("main", "1")
     seldom = HarmonizedFromParams(layer.parameters(), base_class=Adam, measure_every=4)

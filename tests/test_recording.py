@@ -139,13 +139,12 @@ def test_the_effect_is_what_a_small_step_of_sgd_changes_in_each_loss() -> None:
 
 
 @networks
-@pytest.mark.parametrize("deferred", [False, True])
+@pytest.mark.usefixtures("passes")
 def test_each_layer_has_the_inner_products_of_its_own_parameters(
-    network: Callable[[int], Tasks], deferred: bool, monkeypatch: pytest.MonkeyPatch
+    network: Callable[[int], Tasks],
 ) -> None:
-    monkeypatch.setattr("ghopt.gradients.deferred._pays", lambda rows, *_: rows > 0)
     model = models.make(network, 2)
-    optimizer = HarmonizedOptimizer(SGD(model.parameters(), RATE), deferred=deferred)
+    optimizer = HarmonizedOptimizer(SGD(model.parameters(), RATE))
     recorder = Recorder()
     recorder.attach(optimizer, layers=model)
     losses = losses_of(model)

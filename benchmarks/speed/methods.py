@@ -26,6 +26,7 @@ from ghopt import (
     ghpp_balanced,
     ghpp_printed,
 )
+from ghopt.harmonize import Passes
 
 TASKS = (1, 2, 4, 8, 32)
 PAIRS = (1, 2)
@@ -95,7 +96,7 @@ def _ghopt(
     weighting: Weighting = gh,
     *,
     measure_every: int = 1,
-    deferred: bool = False,
+    passes: Passes = "auto",
     recorded: bool = False,
     project_step: bool = False,
 ) -> Step:
@@ -103,7 +104,7 @@ def _ghopt(
         base(problem),
         weighting,
         measure_every=measure_every,
-        deferred=deferred,
+        passes=passes,
         project_step=project_step,
     )
     if recorded:
@@ -308,10 +309,9 @@ METHODS = (
         is_gh=True,
     ),
     Method(
-        "ghopt gh, deferred",
-        "the same with deferred=True: one weight gradient for all tasks where a linear "
-        "layer sees few rows",
-        partial(_ghopt, deferred=True),
+        "ghopt gh, separate",
+        'the same with passes="separate": a pass for each task, and nothing else',
+        partial(_ghopt, passes="separate"),
         gh,
         is_gh=True,
     ),

@@ -13,38 +13,33 @@ there come from such products, and nobody listens to them. Then the passes run w
 else as their ``inputs``, so autograd leaves the gradients of these weights out. Whatever
 else a weight serves for shows as an edge of another kind, and it goes the ordinary way.
 
-What does not show is a hook on a transposed weight that a caller made by hand, for an
-``addmm`` whose input requires no grad: it is not called.
+What does not show is ``retain_grad()`` of a transposed weight that a caller made by hand,
+for a product whose input requires no grad: it stays without ``.grad``. (A hook there
+takes a number, see :mod:`ghopt.gradients.graph`: where one may be, such a weight goes the
+ordinary way.)
 """
 
 import inspect
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial, reduce
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from ghopt.gradients.graph import HOOKS, LEAF, PLAIN, Edges, is_hooked
 from ghopt.gradients.tasks import JoinedGradients, StoredGradients, TaskGradients
 
 # Nodes of products: which of their edges leads to the right factor, and the name under
 # which they save the left one.
 _PRODUCTS = {"AddmmBackward0": (2, "mat1"), "MmBackward0": (1, "self")}
 
-_LEAF = "torch::autograd::AccumulateGrad"
-_PLAIN = (Tensor, torch.nn.Parameter)
-
 # Below so many elements that need not be made, the calls of torch cost more. Measured on
 # the CPU, with layers of 128 and 256 units.
 _LEAST = 2**16
-
-_Edges: TypeAlias = dict[Node, list[tuple[int, Node]]]
-"""The edges of each node: at which place, and where to."""
 
 _Parents: TypeAlias = Mapping[Node, Sequence[tuple[Node, int]]]
 """The edges to each node: where from, and at which place."""
@@ -135,7 +130,7 @@ class Deferral:
                 raise RuntimeError(
                     "inputs and output gradients of deferred linear layers must stay as "
                     f"they are until the last pass, but one of shape {list(tensor.shape)} "
-                    "was modified in place: use deferred=False"
+                    'was modified in place: use passes="separate"'
                 )
         names = [*self._numbers]
         elsewhere = {weight for name in names for weight in stored[name]}
@@ -217,14 +212,28 @@ class DeferredGradients:
         }
 
 
+def may_pay(parameters: Iterable[Tensor], tasks: int) -> bool:
+    """Say whether a weight is large enough that deferring it may save anything.
+
+    With one row. It spares those that cannot gain the walk through their graph.
+
+    Args:
+        parameters: that are to be harmonized.
+        tasks: number of losses that require grad.
+    """
+    return any(p.dim() == 2 and _pays(1, p, tasks) for p in parameters)
+
+
 def defer(
-    losses: Mapping[str, Tensor], parameters: Iterable[Tensor]
+    losses: Mapping[str, Tensor], parameters: Iterable[Tensor], edges: Edges
 ) -> Deferral | None:
     """Find the weights whose gradients are cheaper deferred, and may be.
 
     Args:
-        losses: K scalars by name, before their first pass.
+        losses: K scalars by name, before their first pass; none that is special, see
+            :func:`ghopt.gradients.graph.is_special`.
         parameters: those that are to be harmonized.
+        edges: of all that the losses reach.
 
     Returns:
         What runs the passes in place of ``loss.backward``; None if there is nothing to
@@ -234,19 +243,16 @@ def defer(
         RuntimeError: as the passes would: if the graph was freed, or the input of a
             layer modified in place.
     """
-    live = [loss for loss in losses.values() if loss.requires_grad]
     wanted = {parameter for parameter in parameters if _is_plain(parameter)}
-    if len(live) < 2 or not wanted or _is_special(live):
+    if not wanted or any(map(_runs_backward, edges)):
         return None
-    edges: _Edges = {}
-    reached = [_walk(loss, edges) for loss in live]
-    if any(map(_runs_backward, edges)):
-        return None
+    live = (loss for loss in losses.values() if loss.requires_grad)
+    reached = [_reach(loss, edges) for loss in live]
     parents = defaultdict(list)
     for node, children in edges.items():
-        for place, child in children:
+        for place, child, _ in children:
             parents[child].append((node, place))
-    leaves: list[Any] = [node for node in edges if node.name() == _LEAF]
+    leaves: list[Any] = [node for node in edges if node.name() == LEAF]
     products: dict[Tensor, list[_Product]] = {}
     for leaf in leaves:
         found = _products(leaf, parents) if leaf.variable in wanted else []
@@ -254,7 +260,7 @@ def defer(
         tasks = sum(not nodes_of_task.isdisjoint(nodes) for nodes_of_task in reached)
         rows = sum(len(product.rows) for product in found)
         if _pays(rows, leaf.variable, tasks) and not any(
-            map(_is_hooked, _chain(leaf, parents))
+            map(is_hooked, _chain(leaf, parents))
         ):
             products[leaf.variable] = found
     if not products:
@@ -267,7 +273,7 @@ def _is_plain(parameter: Tensor) -> bool:
     """Say whether a parameter has the form of a weight, and nobody listens to it."""
     return (
         parameter.dim() == 2
-        and type(parameter) in _PLAIN
+        and type(parameter) in PLAIN
         and parameter.dtype in (torch.float32, torch.float64)
         and parameter.device.type in ("cpu", "meta")
         and parameter.is_contiguous()
@@ -276,32 +282,12 @@ def _is_plain(parameter: Tensor) -> bool:
     )
 
 
-def _is_special(losses: Iterable[Tensor]) -> bool:
-    """Say whether the passes are not all that happens, or not as they were recorded."""
-    # What has not been imported cannot have been switched on.
-    compiled = sys.modules.get("torch._dynamo.compiled_autograd")
-    return (
-        (dist.is_available() and dist.is_initialized())
-        or (compiled is not None and compiled.compiled_autograd_enabled)
-        # There autograd computes in lower precision, and not with every operation.
-        or torch.is_autocast_enabled("cpu")
-        or any(type(loss) not in _PLAIN for loss in losses)
-    )
-
-
-def _walk(loss: Tensor, edges: _Edges) -> set[Node]:
-    """List the nodes that a loss reaches, and note the edges of new ones."""
+def _reach(loss: Tensor, edges: Edges) -> set[Node]:
+    """List the nodes that a loss reaches."""
     stack: list[Node] = [get_gradient_edge(loss).node]
     reached = set(stack)
     while stack:
-        node = stack.pop()
-        if node not in edges:
-            edges[node] = [
-                (place, child)
-                for place, (child, _) in enumerate(node.next_functions)
-                if child is not None
-            ]
-        for _, child in edges[node]:
+        for _, child, _ in edges[stack.pop()]:
             if child not in reached:
                 reached.add(child)
                 stack.append(child)
@@ -325,7 +311,7 @@ def _products(leaf: Node, parents: _Parents) -> list[_Product]:
         if transposed.name() != "TBackward0":
             return []
         for node, place in parents[transposed]:
-            rows = _input(node, place)
+            rows = _input(node, place, transposed)
             if rows is None:
                 return []
             products.append(_Product(node, rows))
@@ -340,7 +326,7 @@ def _chain(leaf: Node, parents: _Parents) -> Iterator[Node]:
         yield from (node for node, _ in parents[transposed])
 
 
-def _input(node: Any, edge: int) -> Tensor | None:
+def _input(node: Any, edge: int, transposed: Node) -> Tensor | None:
     """Take X of a product if this is its edge to a weight, and it hides nothing."""
     if node.name() not in _PRODUCTS:
         return None
@@ -350,33 +336,16 @@ def _input(node: Any, edge: int) -> Tensor | None:
     for saved in (name, "mat2"):
         # Saved elsewhere, or to be computed anew: a checkpoint that is not reentrant.
         raw = getattr(node, f"_raw_saved_{saved}")
-        if getattr(raw, "unpack_hook", _ignore) is not None:
+        if raw.unpack_hook is not None:
             return None
     right = node._saved_mat2
-    if right is None and name != "mat1":
-        # Saved only for the gradient of X. A bias then tells a layer from a product by
-        # hand, whose transposed weight may be hooked.
+    if right is None and HOOKS.may_be_on(transposed):
+        # Saved only for the gradient of X: a hook on it does not show.
         return None
     if right is not None and (right._backward_hooks or right.retains_grad):
         return None
     rows: Tensor = getattr(node, f"_saved_{name}")
-    return rows if type(rows) in _PLAIN and rows.layout is torch.strided else None
-
-
-def _is_hooked(node: Any) -> bool:
-    """Say whether someone has hooked a node."""
-    handles = [
-        register(_ignore) for register in (node.register_hook, node.register_prehook)
-    ]
-    # The hooks of a node are in one dictionary of each kind, to which ours were added.
-    found = any(len(handle.hooks_dict_ref()) > 1 for handle in handles)
-    for handle in handles:
-        handle.remove()
-    return found
-
-
-def _ignore(*_: object) -> None:
-    """Leave the gradients as they are."""
+    return rows if type(rows) in PLAIN and rows.layout is torch.strided else None
 
 
 def _pays(rows: int, weight: Tensor, tasks: int) -> bool:

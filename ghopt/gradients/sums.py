@@ -54,7 +54,7 @@ def add(
         gramian: inner products of the gradients, ``[K, K]``; saves time.
     """
     wide = weights.device.type == "cpu" and (
-        gramian is None or _cancel(gramian, weights)
+        gramian is None or cancel(gramian, weights)
     )
     for part in prepared:
         for table, entries in part.fused:
@@ -152,7 +152,7 @@ def _wider(tensor: Tensor) -> tuple[torch.dtype, torch.device]:
     return wide, home_of_numbers(tensor.device) if is_widest else tensor.device
 
 
-def _cancel(gramian: Tensor, weights: Tensor) -> bool:
+def cancel(gramian: Tensor, weights: Tensor) -> bool:
     """Say whether gradients cancel in their weighted sum, or may."""
     # In plain numbers: for few tasks quicker than a single call of torch.
     rows, factors = gramian.tolist(), weights.tolist()

@@ -8,6 +8,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from torch.testing import assert_close
 
 from ghopt import HarmonizedOptimizer, gh, ghpp, ghpp_printed
 from ghopt.geometry import Weighting
+from ghopt.harmonize import Passes
 from tests import models
 from tests.models import Tasks
 
@@ -50,7 +52,10 @@ LATE = (("trunk.2.bias",), ("heads.2.weight", "heads.2.bias"))
 
 
 # A random training may well begin with a plain backward pass.
-pytestmark = pytest.mark.filterwarnings("ignore:step.. found gradients, but backward")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:step.. found gradients, but backward"),
+    pytest.mark.usefixtures("never_separate"),
+]
 
 
 class Failure(Exception):
@@ -414,11 +419,18 @@ class Training(RuleBasedStateMachine):
         weighting=st.sampled_from([*RULES]),
         shared=st.booleans(),
         scheduled=st.sampled_from(["wrapper", "base"]),
+        passes=st.sampled_from(get_args(Passes)),
     )
     def start(
-        self, base: str, weighting: Weighting, shared: bool, scheduled: str
+        self,
+        base: str,
+        weighting: Weighting,
+        shared: bool,
+        scheduled: str,
+        passes: Passes,
     ) -> None:
         self.base, self.scheduled = BASES[base], scheduled
+        self.passes = passes
         names = SHARED if shared else None
         self.model, expected = network(), network()
         self.weighting = Breakable(weighting)
@@ -434,7 +446,9 @@ class Training(RuleBasedStateMachine):
     def wrap(self, base: Optimizer) -> HarmonizedOptimizer:
         named, names = dict(self.model.named_parameters()), self.literal.shared
         shared = None if names is None else [named[name] for name in names]
-        return HarmonizedOptimizer(base, self.weighting, shared_params=shared)
+        return HarmonizedOptimizer(
+            base, self.weighting, shared_params=shared, passes=self.passes
+        )
 
     def attach(self) -> None:
         """Start a scheduler for each of the two."""

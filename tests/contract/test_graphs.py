@@ -35,6 +35,8 @@ few_bases = pytest.mark.parametrize(
     "base", [BASES["SGD momentum"], BASES["AdamW"]], ids=["SGD momentum", "AdamW"]
 )
 
+pytestmark = pytest.mark.usefixtures("passes")
+
 
 def bases_but(*names: str) -> pytest.MarkDecorator:
     chosen = {name: base for name, base in BASES.items() if name not in names}

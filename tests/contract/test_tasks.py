@@ -11,9 +11,12 @@ from torch.optim import SGD, Adam
 from torch.testing import assert_close
 
 from ghopt import HarmonizedOptimizer, backward, harmonized_loss, measure
+from ghopt.harmonize import Passes
 from tests import models
 from tests.literal import grads, literal_gradients, literal_update
 from tests.models import Tasks
+
+pytestmark = pytest.mark.usefixtures("passes")
 
 NAMES = ("cls", "box", "mask")
 
@@ -213,8 +216,12 @@ def test_layers_are_not_deferred_where_a_task_is_absent() -> None:
     layer = nn.Linear(64, 64)
     reference = nn.Linear(64, 64)
     reference.load_state_dict(layer.state_dict())
-    for one, deferred in ((layer, True), (reference, False)):
-        optimizer = HarmonizedOptimizer(SGD(one.parameters()), deferred=deferred)
+    settings: list[tuple[nn.Module, Passes]] = [
+        (layer, "auto"),
+        (reference, "separate"),
+    ]
+    for one, passes in settings:
+        optimizer = HarmonizedOptimizer(SGD(one.parameters()), passes=passes)
         x = torch.linspace(-1, 1, 64)[None]
         optimizer.backward({"a": one(x).square().mean()}, accumulate_only=True)
         out = one(x)
