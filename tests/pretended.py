@@ -22,7 +22,7 @@ _WIDE = (torch.float64, torch.complex128)
 class _Pretended(Tensor):
     """A tensor that says it is on :data:`DEVICE`."""
 
-    inner: Tensor
+    wrapped: Tensor
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> Self:
@@ -37,7 +37,7 @@ class _Pretended(Tensor):
             dtype=inner.dtype,
             requires_grad=inner.requires_grad,
         )
-        made.inner = inner
+        made.wrapped = inner
         return made
 
     @property
@@ -49,11 +49,11 @@ class _Pretended(Tensor):
 
     def cpu(self, *_: Any, **__: Any) -> Tensor:
         """Copy to the CPU."""
-        return self.inner.detach().clone()
+        return self.wrapped.detach().clone()
 
     def tolist(self) -> Any:
         """Read all values."""
-        return self.inner.tolist()
+        return self.wrapped.tolist()
 
     def to(self, *args: Any, **kwargs: Any) -> Tensor:
         """Change dtype or device; to be wide, where it gets to the CPU first."""
@@ -68,7 +68,7 @@ class _Pretended(Tensor):
         return super().to(dtype or self.dtype)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]  # torch's own has too few
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Run an operation on the CPU."""
@@ -96,9 +96,9 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     here = kind == DEVICE.type if kind else bool(mine)
     if kind == DEVICE.type:
         kwargs = {**kwargs, "device": torch.device("cpu")}
-    given: dict[int, Tensor] = {id(t.inner): t for t in mine}
+    given: dict[int, Tensor] = {id(t.wrapped): t for t in mine}
     inner_args, inner_kwargs = tree_map(
-        lambda t: t.inner if isinstance(t, _Pretended) else t, (args, kwargs)
+        lambda t: t.wrapped if isinstance(t, _Pretended) else t, (args, kwargs)
     )
     found = func(*inner_args, **inner_kwargs)
     if func is torch.ops.aten.copy_.default:
@@ -114,7 +114,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     return tree_map(wrapped, found)
 
 
-class _Mode(TorchDispatchMode):
+class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
@@ -124,7 +124,7 @@ class _Mode(TorchDispatchMode):
 @contextmanager
 def pretended_device() -> Iterator[torch.device]:
     """Make the pretended device usable."""
-    with _Mode():
+    with _Mode():  # type: ignore[no-untyped-call]  # torch's
         yield DEVICE
 
 
