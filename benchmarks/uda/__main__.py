@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.common.extra import bench_extra
+from benchmarks.common.extra import need
 from benchmarks.common.options import positive
 from benchmarks.common.store import append_run, read_runs
 from benchmarks.uda.data import load_task
@@ -31,9 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     name, usual = find_task(options)
     store = options.out / "results.jsonl"
     try:
-        with bench_extra():  # now, not after minutes of training
-            import matplotlib  # noqa: F401
-            import tqdm  # noqa: F401
+        need("bench", "matplotlib", "tqdm")
         task = load_task(name, options.data)
         options.out.mkdir(parents=True, exist_ok=True)
         known = read_runs(store, Result)

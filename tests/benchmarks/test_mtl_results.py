@@ -117,12 +117,12 @@ def test_a_missing_peer_is_named_with_the_extra_that_has_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "torchjd", None)
-    with pytest.raises(ImportError, match=re.escape('pip install "ghopt[peers]"')):
+    with pytest.raises(ImportError, match=re.escape('pip install "ghopt[mtl]"')):
         torchjd_weighting("MGDA", is_mean=True)
     with pytest.raises(SystemExit):
         main(["--problems", "heat"])
     said = capsys.readouterr()
-    assert 'torchjd is missing; install it with: pip install "ghopt[peers]"' in said.err
+    assert 'torchjd is missing; install it with: pip install "ghopt[mtl]"' in said.err
     assert "seed 0" not in said.err  # before any training
     main(["--problems", "poisson", "--rules", "gh", "--steps", "1", "--seeds", "1"])
 
