@@ -7,7 +7,7 @@ from configparser import ConfigParser
 from importlib import import_module
 from importlib.metadata import packages_distributions
 from pathlib import Path
-from re import match
+from re import findall, match
 
 import pytest
 import torch
@@ -45,6 +45,9 @@ def extras() -> dict[str, set[str]]:
         extra: {name_of(line) for line in lines.split("\n") if line}
         for extra, lines in config.items("options.extras_require")
     }
+
+
+EXTRAS = extras()
 
 
 def imports(node: ast.AST, extra: str = "") -> Iterator[tuple[str, str]]:
@@ -88,7 +91,7 @@ def test_each_optional_import_names_an_extra_that_has_it(room: str) -> None:
         for package, extra in foreign(path):
             seen += 1
             assert extra or place in ALONE, f"{place} imports {package} by itself"
-            wanted = extras()[extra or ALONE[place]]
+            wanted = EXTRAS[extra or ALONE[place]]
             assert distributions(package) & wanted, f"{place}: {package} is not in it"
     assert seen > 4
 
@@ -96,19 +99,19 @@ def test_each_optional_import_names_an_extra_that_has_it(room: str) -> None:
 def test_the_examples_have_an_extra() -> None:
     paths = [path for path in HERE.glob("examples/*.py") if path.stem not in NEEDED]
     packages = {package for path in paths for package, _ in foreign(path)}
-    lacking = {one for one in packages if not distributions(one) & extras()["examples"]}
+    lacking = {one for one in packages if not distributions(one) & EXTRAS["examples"]}
     assert len(packages) > 8
     assert not lacking
     # And what they call of ghopt.
     used = {"deepxde", "lightning", "transformers"}
-    assert set.union(*(extras()[one] for one in used)) <= extras()["examples"]
+    assert set.union(*(EXTRAS[one] for one in used)) <= EXTRAS["examples"]
     assert Path(examples.__file__).parent == HERE / "examples"
 
 
 def test_the_tests_have_all_that_anything_needs() -> None:
     tools = {"check", "docs"}
-    for extra, packages in extras().items():
-        assert extra in tools or packages <= extras()["test"]
+    for extra, packages in EXTRAS.items():
+        assert extra in tools or packages <= EXTRAS["test"]
 
 
 def hide(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,6 +189,24 @@ def test_a_command_says_at_once_which_extra_it_lacks(
         wanted = rf'.*: error: {package}.* is missing; install it with: pip install "ghopt\[{extra}\]"'
         assert match(wanted, error), error
         assert [*tmp_path.iterdir()] == [tmp_path / "run.jsonl"]
+
+
+def test_what_the_pages_say_to_run_runs() -> None:
+    """A module without its last two lines does nothing, and says nothing."""
+    pages = [HERE / "README.md", *HERE.glob("benchmarks/*/README.md")]
+    pages += [*HERE.glob("benchmarks/**/*.py"), *HERE.glob("examples/*.py")]
+    texts = [page.read_text(encoding="utf-8") for page in pages]
+    commands = {
+        name
+        for text in texts
+        for name in findall(r"-m ((?:benchmarks|examples|ghopt)\.[a-z0-9_.]*\w)", text)
+    }
+    assert len(commands) > 20
+    for command in commands:
+        place = HERE / command.replace(".", "/")
+        path = place / "__main__.py" if place.is_dir() else place.with_suffix(".py")
+        guard = 'if __name__ == "__main__":\n    '
+        assert guard in path.read_text(encoding="utf-8"), command
 
 
 def test_peers_that_are_not_asked_for_need_not_be_there(

@@ -12,7 +12,9 @@ README = Path(__file__).parents[1] / "README.md"
 
 def run_the_readme(directory: Path) -> int:
     os.chdir(directory)
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    blocks = re.findall(
+        r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL
+    )
     exec(compile("\n".join(blocks), str(README), "exec"), {})
     return len(blocks)
 

@@ -71,7 +71,7 @@ def _print_all(options: argparse.Namespace) -> None:
             "results": [asdict(one) for one in found],
             "time": ratios,
         }
-        options.json.write_text(f"{json.dumps(content, indent=1)}\n")
+        options.json.write_text(f"{json.dumps(content, indent=1)}\n", encoding="utf-8")
 
 
 def _results(

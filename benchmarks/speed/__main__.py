@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"\n{format_notes([figure.row for figure in found])}")
     if options.json:
         results = {"environment": around, "figures": [asdict(one) for one in found]}
-        options.json.write_text(f"{json.dumps(results, indent=1)}\n")
+        options.json.write_text(f"{json.dumps(results, indent=1)}\n", encoding="utf-8")
 
 
 def _check_peers(options: argparse.Namespace) -> None:

@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     paths = draw_all(results, options.out)
     table = format_table(results, ratios)
     text = f"{name}\n\n{table}\n\n{format_notes(results)}\n\n{verdict(results)}"
-    (options.out / "table.txt").write_text(f"{text}\n")
+    (options.out / "table.txt").write_text(f"{text}\n", encoding="utf-8")
     print(f"\n{text}\n\nWrote results.jsonl, table.txt, ", end="")
     print(f"{', '.join(path.name for path in paths)} to {options.out}/")
 

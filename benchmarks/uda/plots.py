@@ -57,3 +57,7 @@ def like_the_last(results: Sequence[Result]) -> list[Result]:
             "the folder has no run, or lacks some: python -m benchmarks.uda trains them"
         )
     return chosen
+
+
+if __name__ == "__main__":
+    main()

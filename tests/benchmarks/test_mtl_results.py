@@ -33,7 +33,7 @@ from ghopt.measuring import Harmonization
 from tests.benchmarks.test_mtl_problems import use_small_digits
 
 SMALL = PROBLEMS["adversarial-small"]
-README = Path(command.__file__).with_name("README.md").read_text()
+README = Path(command.__file__).with_name("README.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(autouse=True)
@@ -390,7 +390,7 @@ def test_the_command_prints_every_table_and_writes_every_figure(
     )
     for problem in PROBLEMS.values():
         assert f"\n{problem.name}: {problem.title}\n" in out
-    written = json.loads(path.read_text())
+    written = json.loads(path.read_text(encoding="utf-8"))
     assert written["time"].keys() == PROBLEMS.keys()
     assert {(one["seed"], one["steps"]) for one in written["results"]} == {(0, 2)}
     ran = {(one["problem"], one["rule"]) for one in written["results"]}
