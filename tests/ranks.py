@@ -73,7 +73,7 @@ def run_on_ranks(
         "OMP_NUM_THREADS": "1",
         **(environment or {}),
     }
-    start = multiprocessing.get_context(method)
+    start: Any = multiprocessing.get_context(method)  # whose type has no Process
     ends, processes = [], []
     for rank in range(world_size):
         mine, theirs = start.Pipe()
