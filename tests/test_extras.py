@@ -14,6 +14,9 @@ import torch
 
 import examples
 import ghopt
+from benchmarks.mtl.problems import PROBLEMS
+from benchmarks.speed.methods import METHODS
+from benchmarks.uda.data import PACKAGES
 from ghopt import Recorder
 from ghopt.extras import from_extra
 from ghopt.measuring import Harmonization
@@ -94,6 +97,19 @@ def test_each_optional_import_names_an_extra_that_has_it(room: str) -> None:
             wanted = EXTRAS[extra or ALONE[place]]
             assert distributions(package) & wanted, f"{place}: {package} is not in it"
     assert seen > 4
+
+
+def test_what_a_benchmark_says_it_needs_is_in_its_extra() -> None:
+    """Others than quadprog, which comes with an extra of TorchJD's."""
+    needs = [("mtl", one) for problem in PROBLEMS.values() for one in problem.needs]
+    needs += [("peers", one) for method in METHODS for one in method.needs]
+    needs += [("bench", one) for one in PACKAGES]
+    assert {extra for extra, _ in needs} == {"mtl", "peers", "bench"}
+    for extra, package in needs:
+        if package != "quadprog":
+            assert distributions(package) & EXTRAS[extra], (
+                f"{package} is not in {extra}"
+            )
 
 
 def test_the_examples_have_an_extra() -> None:

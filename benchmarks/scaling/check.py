@@ -188,7 +188,9 @@ def _count_all(world: int, cases: Sequence[tuple[str, int]]) -> list[Counts]:
 def _rank(rank: int, world: int, folder: str, cases: Sequence[tuple[str, int]]) -> None:
     """Be one rank of all cases; the first one writes down what it counted."""
     torch.set_num_threads(1)
-    store = dist.FileStore(str(Path(folder, "rendezvous")), world)  # needs no free port
+    # Needs no free port. The address of a file would differ on Windows.
+    file = str(Path(folder, "rendezvous"))
+    store = dist.FileStore(file, world)  # type: ignore[attr-defined]  # not in its __all__
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     try:
         counts = [_count(scheme, tasks) for scheme, tasks in cases]
