@@ -29,7 +29,7 @@ def write_recipes(app: Sphinx) -> None:
     for page in pages.glob("*.rst"):
         page.unlink()
     for script in Path(app.srcdir).parent.glob("examples/[!_]*.py"):
-        module = ast.parse(script.read_text())
+        module = ast.parse(script.read_text(encoding="utf-8"))
         title, _, prose = (ast.get_docstring(module) or "").partition("\n")
         code = (
             f".. literalinclude:: ../../examples/{script.name}\n"
@@ -37,7 +37,9 @@ def write_recipes(app: Sphinx) -> None:
         )
         title = title.rstrip(".")
         page = pages / f"{script.stem}.rst"
-        page.write_text(f"{title}\n{'=' * len(title)}\n{prose}\n\n{code}")
+        page.write_text(
+            f"{title}\n{'=' * len(title)}\n{prose}\n\n{code}", encoding="utf-8"
+        )
 
 
 def setup(app: Sphinx) -> None:

@@ -86,10 +86,11 @@ def write_data(folder: Path, count: int = 8) -> Path:
         pixels[y : y + 32, x : x + 32, label] += 128
         Image.fromarray(pixels.numpy()).save(folder / "images" / f"{number}.png")
         box = f"{label} {(x + 16) / 64} {(y + 16) / 64} 0.5 0.5\n"
-        (folder / "labels" / f"{number}.txt").write_text(box)
+        (folder / "labels" / f"{number}.txt").write_text(box, encoding="utf-8")
     data = folder / "data.yaml"
     data.write_text(
-        f"path: {folder}\ntrain: images\nval: images\nnames: {{0: red, 1: green}}\n"
+        f"path: {folder}\ntrain: images\nval: images\nnames: {{0: red, 1: green}}\n",
+        encoding="utf-8",
     )
     return data
 

@@ -23,6 +23,9 @@ from ghopt.optimizer import HarmonizedOptimizer
 from ghopt.recorder import Recorder, measure
 from ghopt.recording import Recording
 
+# A literal: setup.cfg reads it without importing torch.
+__version__ = "0.1.0"
+
 # Before a model is compiled: this cannot wait for the first optimizer.
 keep_buffers()
 
@@ -35,6 +38,7 @@ __all__ = [
     "Recorder",
     "Recording",
     "Weighting",
+    "__version__",
     "backward",
     "dual_cone",
     "gh",

@@ -39,7 +39,7 @@ class Step(NamedTuple):
 def append_lines(steps: Iterable[Step], path: Path) -> None:
     """Write a line per step, after what a killed process left of one."""
     _drop_unfinished(path)
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8", newline="\n") as file:
         file.writelines(
             f"{json.dumps(_line(step), allow_nan=False)}\n" for step in steps
         )
@@ -52,7 +52,7 @@ def read_steps(path: Path) -> list[Step]:
         ValueError: if a line is not one of a recording.
     """
     steps: list[Step] = []
-    for number, line in enumerate(path.read_text().split("\n")[:-1], 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], 1):
         try:
             step = _read(json.loads(line))
             while steps and steps[-1].number >= step.number:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from torch import Tensor
 
+from ghopt.extras import from_extra
 from ghopt.recording import Recording
 
 if TYPE_CHECKING:
@@ -154,13 +155,8 @@ def new_figure(width: float, height: float) -> "Figure":
     Raises:
         ImportError: if matplotlib is missing; names the extra that installs it.
     """
-    try:
+    with from_extra("plot"):
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            f'{error.name} is missing; install it with: pip install "ghopt[plot]"',
-            name=error.name,
-        ) from error
 
     class Shown(Figure):
         """Notebooks know only figures of pyplot, and would keep them all in memory."""

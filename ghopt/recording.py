@@ -254,7 +254,7 @@ class Recording:
     def to_csv(self, path: str | Path) -> None:
         """Write the rows as a table, in place of what is in the file."""
         rows = list(self.rows())
-        with Path(path).open("w", newline="") as file:
+        with Path(path).open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, rows[0] if rows else ())
             writer.writeheader()
             writer.writerows(rows)

@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise ValueError(f"--out must not be the recording itself, got {out}")
         recording = Recording.from_jsonl(options.file)
         page = make_page(recording, options.file.name)
-        out.write_text(page, encoding="utf-8", errors="replace")
+        out.write_text(page, encoding="utf-8", errors="replace", newline="\n")
     except (ImportError, OSError, ValueError) as error:
         parser.error(str(error))
     print(f"{judge(recording)}\nWritten to {out}.")

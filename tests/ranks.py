@@ -11,13 +11,22 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
 # Forked from a process that has imported what tests need: a rank starts in no time.
-_processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(
+_METHODS = multiprocessing.get_all_start_methods()
+METHOD = "forkserver" if "forkserver" in _METHODS else "spawn"
+METHOD = os.environ.get("GHOPT_START_METHOD", METHOD)
+"""How ranks are started; Windows knows ``spawn`` alone."""
+
+multiprocessing.get_context(METHOD).set_forkserver_preload(
     ["torch._dynamo", "torch.distributed.fsdp", "tests.test_distributed"]
+)
+
+needs_signals = pytest.mark.skipif(
+    os.name == "nt", reason="Windows knows no signal that kills"
 )
 
 SECONDS = 120
@@ -35,6 +44,7 @@ def run_on_ranks(
     environment: dict[str, str] | None = None,
     timeout: float | None = 60,
     may_fail: bool = False,
+    method: str = METHOD,
 ) -> list[Any]:
     """Call a function on every rank, and give what each returned.
 
@@ -47,6 +57,7 @@ def run_on_ranks(
             frameworks make their own.
         may_fail: give a ``RankError`` in place of a result for a rank that raises or
             ends.
+        method: of starting a process.
 
     Raises:
         RankError: if a rank raises or ends, unless ``may_fail``.
@@ -62,10 +73,11 @@ def run_on_ranks(
         "OMP_NUM_THREADS": "1",
         **(environment or {}),
     }
+    start: Any = multiprocessing.get_context(method)  # whose type has no Process
     ends, processes = [], []
     for rank in range(world_size):
-        mine, theirs = _processes.Pipe()
-        process = _processes.Process(
+        mine, theirs = start.Pipe()
+        process = start.Process(
             target=_run,
             args=(
                 rank,

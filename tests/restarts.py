@@ -64,7 +64,7 @@ def main(folder: Path, doomed: int) -> None:
             model_state, optimizer_state = get_state_dict(model, optimizer)
             saved = {"model": model_state, "optimizer": optimizer_state}
             save(saved, checkpoint_id=folder / str(step + 1))
-    with (folder / f"starts{rank}").open("a") as file:
+    with (folder / f"starts{rank}").open("a", encoding="utf-8") as file:
         file.write(f"{start}\n")
     torch.save(model.state_dict(), folder / f"weights{rank}.pt")
 

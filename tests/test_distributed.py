@@ -25,7 +25,7 @@ from ghopt.ranks import Ranks
 from tests import models
 from tests.literal import literal_step, weights_of
 from tests.models import Tasks
-from tests.ranks import RankError, run_on_ranks
+from tests.ranks import RankError, needs_signals, run_on_ranks
 
 STEPS = 20
 
@@ -1457,6 +1457,7 @@ def test_a_rank_that_does_not_come_is_named_when_the_group_s_time_is_up() -> Non
         assert "Timed out" in outcome or "Connection closed" in outcome
 
 
+@needs_signals
 def test_a_rank_that_is_killed_before_the_step_is_named() -> None:
     outcomes = run_on_ranks(4, staying_away, "killed between", timeout=3, may_fail=True)
     assert isinstance(outcomes.pop(2), RankError)
@@ -1464,6 +1465,7 @@ def test_a_rank_that_is_killed_before_the_step_is_named() -> None:
         assert outcome.startswith("rank(s) [2] did not come to backward()")
 
 
+@needs_signals
 def test_a_rank_that_is_killed_in_mid_step_leaves_the_others_with_an_error() -> None:
     outcomes = run_on_ranks(
         4, staying_away, "killed in a pass", timeout=3, may_fail=True
@@ -1602,11 +1604,12 @@ def run_job(folder: Path, doomed: int) -> list[dict[str, Tensor]]:
     return [torch.load(folder / f"weights{rank}.pt") for rank in range(2)]
 
 
+@needs_signals
 @pytest.mark.slow
 def test_a_job_that_torchrun_restarts_ends_bit_identically(tmp_path: Path) -> None:
     straight = run_job(tmp_path / "straight", doomed=-1)
     restarted = run_job(tmp_path / "restarted", doomed=7)
     for folder, start in [("straight", "0\n"), ("restarted", "6\n")]:
-        assert (tmp_path / folder / "starts1").read_text() == start
+        assert (tmp_path / folder / "starts1").read_text(encoding="utf-8") == start
     for one, other in zip(straight, restarted, strict=True):
         assert_close(one, other, rtol=0, atol=0)

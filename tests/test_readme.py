@@ -1,4 +1,7 @@
-"""Every Python block of the README runs, in order, in one namespace, on two ranks."""
+"""Every Python block of the README runs, in order, in one namespace, on two ranks.
+
+It is also the page that a package index shows, where links to files lead nowhere.
+"""
 
 import os
 import re
@@ -12,7 +15,9 @@ README = Path(__file__).parents[1] / "README.md"
 
 def run_the_readme(directory: Path) -> int:
     os.chdir(directory)
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    blocks = re.findall(
+        r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL
+    )
     exec(compile("\n".join(blocks), str(README), "exec"), {})
     return len(blocks)
 
@@ -23,3 +28,20 @@ def test_the_readme_runs(tmp_path: Path) -> None:
     recording = Recording.from_jsonl(tmp_path / "run.jsonl")
     assert recording.names == ("up", "down")
     assert recording.conflicts.any()
+
+
+def test_links_work_wherever_the_readme_is_shown() -> None:
+    links = re.findall(r"\]\(([^)]*)\)", README.read_text(encoding="utf-8"))
+    assert links
+    for link in links:
+        assert link.startswith("https://"), link
+
+
+def test_files_that_the_readme_names_are_there() -> None:
+    text = README.read_text(encoding="utf-8")
+    pages = re.findall(r"`(benchmarks/[\w/]+\.md)`", text)
+    scripts = re.findall(r"`(?:examples/)?(\w+\.py)`", text)
+    assert len(pages) > 4
+    assert len(scripts) > 15
+    for path in [*pages, *(f"examples/{script}" for script in scripts)]:
+        assert (README.parent / path).is_file(), path

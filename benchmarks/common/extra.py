@@ -1,20 +1,16 @@
-"""The packages that only the benchmarks need."""
+"""What a command will import: whether it is there is known before any work."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from importlib.util import find_spec
+
+from ghopt.extras import missing
 
 
-@contextmanager
-def bench_extra(extra: str = "bench") -> Iterator[None]:
-    """Import packages of an extra inside this block.
+def need(extra: str, *packages: str) -> None:
+    """Find packages that will be imported later, after minutes or hours of work.
 
     Raises:
         ImportError: if one is missing; names it and the extra that installs it.
     """
-    try:
-        yield
-    except ImportError as error:
-        raise ImportError(
-            f'{error.name} is missing; install it with: pip install "ghopt[{extra}]"',
-            name=error.name,
-        ) from error
+    for package in packages:
+        if find_spec(package) is None:
+            raise missing(package, extra)

@@ -46,7 +46,7 @@ def read_runs(store: Path, make: Callable[..., KeyedT]) -> dict[str, KeyedT]:
     if not store.exists():
         return {}
     runs = {}
-    lines = store.read_text().split("\n")
+    lines = store.read_text(encoding="utf-8").split("\n")
     for number, line in enumerate(lines[:-1], 1):
         try:
             run = make(**json.loads(line))

@@ -1,7 +1,7 @@
 """Train with several losses under several weightings, on digits, tables, shapes and physics.
 
 Compares the plain sum with the rules of ghopt and of TorchJD, over seeds: what the tasks
-reach, how much their gradients conflict, what a step costs. Data comes with two wheels or is generated.
+reach, how much their gradients conflict, what a step costs. Data comes with two wheels or is generated. Extra ``[mtl]``.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import torch
 
 from benchmarks.common.clock import cpu_seconds
 from benchmarks.common.environment import environment
+from benchmarks.common.extra import need
 from benchmarks.common.options import positive
 from benchmarks.mtl.problem import Problem
 from benchmarks.mtl.problems import PROBLEMS
@@ -43,7 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _print_all(options: argparse.Namespace) -> None:
     """Print the tables and the verdict, and write all figures if asked to."""
-    for rule in options.rules:  # now, not after minutes of training
+    for name in options.problems:  # now, not after minutes of training
+        need("mtl", *PROBLEMS[name].needs)
+    for rule in options.rules:
         RULES[rule].make()
     seeds = options.seeds or (QUICK_SEEDS if options.quick else SEEDS)
     around = environment(torch.device("cpu"))
@@ -68,7 +71,7 @@ def _print_all(options: argparse.Namespace) -> None:
             "results": [asdict(one) for one in found],
             "time": ratios,
         }
-        options.json.write_text(f"{json.dumps(content, indent=1)}\n")
+        options.json.write_text(f"{json.dumps(content, indent=1)}\n", encoding="utf-8")
 
 
 def _results(

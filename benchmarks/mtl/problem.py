@@ -61,6 +61,7 @@ class Problem:
         start: gives the training of a seed.
         weighted: tasks whose losses a loss weight multiplies, where one is tuned.
         main: the task that the others must not harm, if there is one.
+        needs: packages that it imports when it starts.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Problem:
     start: Callable[[int], Training]
     weighted: tuple[str, ...] = ()
     main: str | None = None
+    needs: tuple[str, ...] = ()
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:

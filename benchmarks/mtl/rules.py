@@ -15,6 +15,7 @@ from torch import Tensor
 import ghopt
 from benchmarks.mtl.problem import Problem
 from ghopt import Weighting
+from ghopt.extras import from_extra
 
 
 @dataclass(frozen=True)
@@ -42,16 +43,10 @@ def torchjd_weighting(name: str, *, is_mean: bool) -> Weighting:
     Raises:
         ImportError: if TorchJD, or what it needs for this, is missing; names the extra.
     """
-    try:
+    with from_extra("mtl"):
         from torchjd import aggregation
 
         weighting: Weighting = getattr(aggregation, f"{name}Weighting")()
-    except ImportError as error:
-        missing = error.name or "something that TorchJD needs"
-        raise ImportError(
-            f'{missing} is missing; install it with: pip install "ghopt[peers]"',
-            name=error.name,
-        ) from error
     return partial(_times_tasks, weighting=weighting) if is_mean else weighting
 
 

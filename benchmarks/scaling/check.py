@@ -181,22 +181,24 @@ def _count_all(world: int, cases: Sequence[tuple[str, int]]) -> list[Counts]:
     with tempfile.TemporaryDirectory() as folder:
         # Not fork: it would copy torch's threads half.
         spawn(_rank, (world, folder, cases), nprocs=world)  # type: ignore[no-untyped-call]  # torch's
-        found = json.loads(Path(folder, "counts.json").read_text())
+        found = json.loads(Path(folder, "counts.json").read_text(encoding="utf-8"))
     return [Counts(**counts) for counts in found]
 
 
 def _rank(rank: int, world: int, folder: str, cases: Sequence[tuple[str, int]]) -> None:
     """Be one rank of all cases; the first one writes down what it counted."""
     torch.set_num_threads(1)
-    rendezvous = f"file://{folder}/rendezvous"  # needs no free port
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world)
+    # Needs no free port. The address of a file would differ on Windows.
+    file = str(Path(folder, "rendezvous"))
+    store = dist.FileStore(file, world)  # type: ignore[attr-defined]  # not in its __all__
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     try:
         counts = [_count(scheme, tasks) for scheme, tasks in cases]
     finally:
         dist.destroy_process_group()
     if rank == 0:
         found = json.dumps([asdict(one) for one in counts])
-        Path(folder, "counts.json").write_text(found)
+        Path(folder, "counts.json").write_text(found, encoding="utf-8")
 
 
 def _count(scheme: str, tasks: int) -> Counts:

@@ -14,11 +14,12 @@ from pathlib import Path
 import torch
 
 from benchmarks.common.environment import environment
+from benchmarks.common.extra import need
 from benchmarks.common.options import positive
 from benchmarks.speed.accuracy import direction_errors, gramian_errors, update_errors
 from benchmarks.speed.bandwidth import bandwidths
 from benchmarks.speed.measure import peak_copies, time_ratios
-from benchmarks.speed.methods import FLOOR, METHODS, TASKS
+from benchmarks.speed.methods import FLOOR, METHODS, TASKS, UPGRAD_NEEDS
 from benchmarks.speed.problems import NETWORKS
 from benchmarks.speed.results import (
     TITLES,
@@ -35,7 +36,12 @@ SIZES, LARGE = (10**6, 10**7), 10**8
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command: print each table once it is there, write all figures at last."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        _check_peers(options)
+    except ImportError as error:
+        parser.error(f"{error}; or leave it out: see --methods and --tables")
     torch.set_num_threads(1)
     around = environment(options.device)
     print(", ".join(f"{name} {value}" for name, value in around.items()))
@@ -46,7 +52,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"\n{format_notes([figure.row for figure in found])}")
     if options.json:
         results = {"environment": around, "figures": [asdict(one) for one in found]}
-        options.json.write_text(f"{json.dumps(results, indent=1)}\n")
+        options.json.write_text(f"{json.dumps(results, indent=1)}\n", encoding="utf-8")
+
+
+def _check_peers(options: argparse.Namespace) -> None:
+    """Find what the tables will import: now, not after an hour of them.
+
+    Raises:
+        ImportError: if a package is missing; names it and the extra that installs it.
+    """
+    wanted = {"time", "memory", "accuracy", "exactness"} & {*options.tables}
+    for method in METHODS:
+        if wanted and method.name in options.methods:
+            need("peers", *method.needs)
+    if "rules" in options.tables:
+        need("peers", *UPGRAD_NEEDS)
 
 
 def _tables(options: argparse.Namespace) -> Iterator[list[Figure]]:

@@ -26,6 +26,7 @@ from ghopt import (
     ghpp_balanced,
     ghpp_printed,
 )
+from ghopt.extras import from_extra
 from ghopt.harmonize import Passes
 
 TASKS = (1, 2, 4, 8, 32)
@@ -47,6 +48,7 @@ class Method:
         tasks: numbers of tasks for which the method is defined.
         is_gh: of two tasks it is meant to give the paper's GH, or a multiple.
         cycle: number of steps after which it does the same again.
+        needs: packages that it imports.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Method:
     tasks: Collection[int] = TASKS
     is_gh: bool = False
     cycle: int = 1
+    needs: tuple[str, ...] = ()
 
 
 def base(problem: Problem) -> AdamW:
@@ -195,8 +198,9 @@ def _pcgrad(problem: Problem) -> Step:
 def _autojac(
     problem: Problem, rule: str, chunk: int | None = 1, *, lean: bool = True
 ) -> Step:
-    from torchjd import aggregation
-    from torchjd.autojac import backward, jac_to_grad
+    with from_extra("peers"):
+        from torchjd import aggregation
+        from torchjd.autojac import backward, jac_to_grad
 
     optimizer, parameters = base(problem), problem.parameters
     aggregator = getattr(aggregation, rule)()
@@ -211,7 +215,8 @@ def _autojac(
 
 
 def _autogram(problem: Problem, rule: str) -> Step:
-    from torchjd.autogram import Engine
+    with from_extra("peers"):
+        from torchjd.autogram import Engine
 
     optimizer, weighting = base(problem), torchjd_weighting(rule)
     engine = Engine(problem.model, batch_dim=None)
@@ -228,7 +233,8 @@ def _autogram(problem: Problem, rule: str) -> Step:
 
 def torchjd_weighting(rule: str) -> Weighting:
     """Make a weighting of TorchJD's: the mean is its default."""
-    from torchjd import aggregation
+    with from_extra("peers"):
+        from torchjd import aggregation
 
     weighting: Weighting = getattr(aggregation, f"{rule}Weighting")()
     return weighting
@@ -239,7 +245,8 @@ def _torchjd_rule(gramian: Tensor, rule: str) -> Tensor:
 
 
 def _pytorch_optimizer(problem: Problem) -> Step:
-    from pytorch_optimizer import PCGrad
+    with from_extra("peers"):
+        from pytorch_optimizer import PCGrad
 
     optimizer = PCGrad(base(problem), reduction="sum")
 
@@ -252,8 +259,9 @@ def _pytorch_optimizer(problem: Problem) -> Step:
 
 
 def _conflictfree(problem: Problem, operator: str) -> Step:
-    from conflictfree import grad_operator
-    from conflictfree.utils import apply_gradient_vector, get_gradient_vector
+    with from_extra("peers"):
+        from conflictfree import grad_operator
+        from conflictfree.utils import apply_gradient_vector, get_gradient_vector
 
     optimizer = base(problem)
     combine = getattr(grad_operator, operator)()
@@ -290,6 +298,8 @@ def _sum(gramian: Tensor) -> Tensor:
 def _mean_of_gh(gramian: Tensor) -> Tensor:
     return gh(gramian) / len(gramian)
 
+
+UPGRAD_NEEDS = ("torchjd", "quadprog")
 
 _UPGRAD = partial(_torchjd_rule, rule="UPGrad")
 _JD_PCGRAD = partial(_torchjd_rule, rule="PCGrad")
@@ -384,6 +394,7 @@ METHODS = (
         partial(_autojac, rule="UPGrad"),
         _UPGRAD,
         is_gh=True,
+        needs=UPGRAD_NEEDS,
     ),
     Method(
         "autojac UPGrad cat",
@@ -391,6 +402,7 @@ METHODS = (
         partial(_autojac, rule="UPGrad", lean=False),
         _UPGRAD,
         is_gh=True,
+        needs=UPGRAD_NEEDS,
     ),
     Method(
         "autojac UPGrad vmap",
@@ -398,6 +410,7 @@ METHODS = (
         partial(_autojac, rule="UPGrad", chunk=None),
         _UPGRAD,
         is_gh=True,
+        needs=UPGRAD_NEEDS,
     ),
     Method(
         "autojac PCGrad",
@@ -405,6 +418,7 @@ METHODS = (
         partial(_autojac, rule="PCGrad"),
         _JD_PCGRAD,
         is_gh=True,
+        needs=("torchjd",),
     ),
     Method(
         "autogram UPGrad",
@@ -413,6 +427,7 @@ METHODS = (
         partial(_autogram, rule="UPGrad"),
         _UPGRAD,
         is_gh=True,
+        needs=UPGRAD_NEEDS,
     ),
     Method(
         "autogram PCGrad",
@@ -420,6 +435,7 @@ METHODS = (
         partial(_autogram, rule="PCGrad"),
         _JD_PCGRAD,
         is_gh=True,
+        needs=("torchjd",),
     ),
     Method(
         "pytorch_optimizer",
@@ -427,6 +443,7 @@ METHODS = (
         _pytorch_optimizer,
         gh,
         is_gh=True,
+        needs=("pytorch_optimizer",),
     ),
     Method(
         "conflictfree PCGrad",
@@ -434,10 +451,12 @@ METHODS = (
         partial(_conflictfree, operator="PCGradOperator"),
         gh,
         is_gh=True,
+        needs=("conflictfree",),
     ),
     Method(
         "conflictfree ConFIG",
         "another rule: equal cosines to all tasks",
         partial(_conflictfree, operator="ConFIGOperator"),
+        needs=("conflictfree",),
     ),
 )

@@ -8,9 +8,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.common.extra import bench_extra
+from ghopt.extras import from_extra
 
-with bench_extra():
+with from_extra("bench"):
     from matplotlib import rc_context
     from matplotlib.figure import Figure as Picture
 

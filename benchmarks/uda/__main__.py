@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.common.extra import bench_extra
+from benchmarks.common.extra import need
 from benchmarks.common.options import positive
 from benchmarks.common.store import append_run, read_runs
 from benchmarks.uda.data import load_task
@@ -31,9 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     name, usual = find_task(options)
     store = options.out / "results.jsonl"
     try:
-        with bench_extra():  # now, not after minutes of training
-            import matplotlib  # noqa: F401
-            import tqdm  # noqa: F401
+        need("bench", "matplotlib", "tqdm")
         task = load_task(name, options.data)
         options.out.mkdir(parents=True, exist_ok=True)
         known = read_runs(store, Result)
@@ -57,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     paths = draw_all(results, options.out)
     table = format_table(results, ratios)
     text = f"{name}\n\n{table}\n\n{format_notes(results)}\n\n{verdict(results)}"
-    (options.out / "table.txt").write_text(f"{text}\n")
+    (options.out / "table.txt").write_text(f"{text}\n", encoding="utf-8")
     print(f"\n{text}\n\nWrote results.jsonl, table.txt, ", end="")
     print(f"{', '.join(path.name for path in paths)} to {options.out}/")
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks.common.extra import bench_extra
+from benchmarks.common.extra import need
 from benchmarks.common.options import positive, whole
 from benchmarks.common.store import append_run, hash_of, read_runs
 from benchmarks.uda.data import Batch
@@ -38,6 +38,7 @@ from benchmarks.uda.runs.options import add_device, add_trade_offs
 from benchmarks.uda.runs.records import Run
 from benchmarks.uda.views.paper_table import format_table
 from ghopt import Recorder
+from ghopt.extras import from_extra
 
 # Those of CDAN (Long et al., 2018), whose backbone has a rate of 0.001, and whose code takes
 # 50 004 steps.
@@ -89,9 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         like, options.methods, options.rules, options.seeds, options.trade_offs
     )
     try:
-        with bench_extra("images"):  # now, not after hours
-            import PIL  # noqa: F401
-            import tqdm  # noqa: F401
+        need("images", "PIL", "tqdm", "transformers")
         task = load_task(options.dataset, options.source, options.target, options.data)
         _check_batch(task, options.batch)
         backbone = _describe_backbone(options.backbone, options.weights)
@@ -149,7 +148,8 @@ def train(
         The evaluations, see :class:`ImageRun`, and the Gramians of the two gradients over
         the generator, one per harmonized update.
     """
-    from tqdm import tqdm
+    with from_extra("images"):
+        from tqdm import tqdm
 
     recorder = Recorder(config.steps * config.inner_steps)
     make_update = partial(harmonized, rule=config.rule, recorder=recorder)

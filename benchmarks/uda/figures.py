@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.common.extra import bench_extra
+from benchmarks.common.extra import need
 from benchmarks.common.options import positive
 from benchmarks.common.store import append_run, read_runs
 from benchmarks.uda.data import Task, load_task
@@ -52,10 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     wanted = make_configs(name, options.methods, seeds, steps)
     store = options.out / "runs.jsonl"
     try:
-        with bench_extra():  # now, not after minutes of training
-            import matplotlib  # noqa: F401
-            import sklearn  # noqa: F401
-            import tqdm  # noqa: F401
+        need("bench", "matplotlib", "sklearn", "tqdm")
         known = read_runs(store, Result)
         missing = [one for one in wanted if key_of(one) not in known]
         if missing and not options.show:

@@ -8,6 +8,7 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.common.extra import need
 from benchmarks.common.store import read_runs
 from benchmarks.uda.methods.rules import RULES
 from benchmarks.uda.runs.records import Result
@@ -22,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder = parser.parse_args(arguments).folder
     path = folder / "results.jsonl"
     try:
+        need("bench", "matplotlib")
         if not path.exists():
             raise FileNotFoundError(f"No such file: {path}")
         draw_all(like_the_last([*read_runs(path, Result).values()]), folder)
@@ -55,3 +57,7 @@ def like_the_last(results: Sequence[Result]) -> list[Result]:
             "the folder has no run, or lacks some: python -m benchmarks.uda trains them"
         )
     return chosen
+
+
+if __name__ == "__main__":
+    main()

@@ -11,10 +11,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks.common.digits import SIZE
-from benchmarks.common.extra import bench_extra
+from benchmarks.common.extra import need
 from benchmarks.common.options import positive
 from benchmarks.common.store import append_run, read_runs
-from benchmarks.uda.data import DEMO, LARGE, REAL, Task, load_task
+from benchmarks.uda.data import DEMO, LARGE, PACKAGES, REAL, Task, load_task
 from benchmarks.uda.methods.rules import ALL_RULES, FLIPS
 from benchmarks.uda.methods.steps import ALL_METHODS, SOURCE_ONLY, Config
 from benchmarks.uda.runs.configs import make_configs
@@ -70,12 +70,11 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     for name, configs in wanted.items():
         data = None if name == DEMO else options.data
         try:
-            with bench_extra():
-                import tqdm  # noqa: F401  # now, not after hours
             known = read_runs(options.store, Run)
             missing = [one for one in configs if key_of(one, device) not in known]
             to_train = missing and not options.show
             if to_train:
+                need("bench", "tqdm", *PACKAGES)  # all, before hours of the first task
                 options.store.parent.mkdir(parents=True, exist_ok=True)
             task = load_task(name, data, options.size, exact=True) if to_train else None
             task = task and task.to(device)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, SGD, Optimizer
 
+from ghopt.extras import from_extra
 from ghopt.geometry import Weighting, gh
 from ghopt.optimizer import HarmonizedOptimizer
 
@@ -94,13 +95,9 @@ def harmonize(
 
 
 def _check_model(model: Any) -> None:
-    try:
+    with from_extra("deepxde"):
         from deepxde import Model
         from deepxde.backend import backend_name
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            "ghopt.integrations.deepxde needs DeepXDE: pip install 'ghopt[deepxde]'"
-        ) from error
     if backend_name != "pytorch":
         raise RuntimeError(
             f"DeepXDE must run on PyTorch, got the backend {backend_name!r}: set "

@@ -11,18 +11,14 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from ghopt.extras import from_extra
 from ghopt.losses import named_losses, summed_up
 from ghopt.measuring import Harmonization
 from ghopt.optimizer import HarmonizedOptimizer
 
-try:
+with from_extra("lightning"):
     from lightning.pytorch import LightningModule
     from lightning.pytorch.core.optimizer import LightningOptimizer
-except ImportError as error:
-    raise ImportError(
-        f'{error.name} is missing; install it with: pip install "ghopt[lightning]"',
-        name=error.name,
-    ) from error
 
 _Step: TypeAlias = Callable[..., Any]
 

@@ -10,17 +10,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from ghopt.extras import from_extra
 from ghopt.losses import Loss, as_in_total, named_losses, summed_up
 from ghopt.optimizer import HarmonizedOptimizer
 
-try:
+with from_extra("transformers"):
     from accelerate.optimizer import AcceleratedOptimizer
     from transformers import Trainer
-except ImportError as error:
-    raise ImportError(
-        f'{error.name} is missing; install it with: pip install "ghopt[transformers]"',
-        name=error.name,
-    ) from error
 
 Harmonize: TypeAlias = Callable[[Optimizer], HarmonizedOptimizer]
 """Wraps the optimizer of the Trainer."""

@@ -27,16 +27,16 @@ def test_finished_runs_come_back_and_an_unfinished_line_is_begun_anew(
     append_run(store, ONE)
     append_run(store, OTHER)
     assert read_runs(store, Kept) == {"a": ONE, "b": OTHER}
-    whole = store.read_text()
-    store.write_text(whole[:-9])  # killed while it wrote
+    whole = store.read_text(encoding="utf-8")
+    store.write_text(whole[:-9], encoding="utf-8")  # killed while it wrote
     assert read_runs(store, Kept) == {"a": ONE}
     append_run(store, OTHER)
-    assert store.read_text() == whole
+    assert store.read_text(encoding="utf-8") == whole
 
 
 def test_a_first_line_that_is_unfinished_is_begun_anew(tmp_path: Path) -> None:
     store = tmp_path / "runs.jsonl"
-    store.write_text('{"key":')
+    store.write_text('{"key":', encoding="utf-8")
     assert read_runs(store, Kept) == {}
     append_run(store, ONE)
     assert read_runs(store, Kept) == {"a": ONE}
@@ -46,7 +46,7 @@ def test_a_first_line_that_is_unfinished_is_begun_anew(tmp_path: Path) -> None:
 def test_a_store_of_something_else_is_refused(tmp_path: Path, line: str) -> None:
     store = tmp_path / "runs.jsonl"
     append_run(store, ONE)
-    store.write_text(f"{store.read_text()}{line}\n")
+    store.write_text(f"{store.read_text(encoding='utf-8')}{line}\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"got .*runs\.jsonl with .* in its line 2"):
         read_runs(store, Kept)
 

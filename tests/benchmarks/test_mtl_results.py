@@ -42,7 +42,7 @@ from ghopt.measuring import Harmonization
 from tests.benchmarks.test_mtl_problems import use_small_digits
 
 SMALL = PROBLEMS["adversarial-small"]
-README = Path(command.__file__).with_name("README.md").read_text()
+README = Path(command.__file__).with_name("README.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(autouse=True)
@@ -139,12 +139,12 @@ def test_a_missing_peer_is_named_with_the_extra_that_has_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "torchjd", None)
-    with pytest.raises(ImportError, match=re.escape('pip install "ghopt[peers]"')):
+    with pytest.raises(ImportError, match=re.escape('pip install "ghopt[mtl]"')):
         torchjd_weighting("MGDA", is_mean=True)
     with pytest.raises(SystemExit):
         main(["--problems", "heat"])
     said = capsys.readouterr()
-    assert 'torchjd is missing; install it with: pip install "ghopt[peers]"' in said.err
+    assert 'torchjd is missing; install it with: pip install "ghopt[mtl]"' in said.err
     assert "seed 0" not in said.err  # before any training
     main(["--problems", "poisson", "--rules", "gh", "--steps", "1", "--seeds", "1"])
 
@@ -413,7 +413,7 @@ def test_the_command_prints_every_table_and_writes_every_figure(
     )
     for problem in PROBLEMS.values():
         assert f"\n{problem.name}: {problem.title}\n" in out
-    written = json.loads(path.read_text())
+    written = json.loads(path.read_text(encoding="utf-8"))
     assert written["time"].keys() == PROBLEMS.keys()
     assert {(one["seed"], one["steps"]) for one in written["results"]} == {(0, 2)}
     ran = {(one["problem"], one["rule"]) for one in written["results"]}

@@ -214,6 +214,6 @@ def test_the_stored_runs_are_those_that_the_command_would_train() -> None:
 def test_the_page_has_what_the_command_shows_of_the_stored_runs(
     problem: str, rates: tuple[float, ...], weights: tuple[int, ...]
 ) -> None:
-    page = Path(command.__file__).with_name("README.md").read_text()
+    page = Path(command.__file__).with_name("README.md").read_text(encoding="utf-8")
     cells = [Cell(rate, weight) for rate in rates for weight in weights]
     assert format_problem(read_runs(STORE, Run), problem, cells) in page

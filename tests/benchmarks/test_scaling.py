@@ -31,7 +31,7 @@ from benchmarks.scaling.model import (
 )
 from benchmarks.scaling.table import WORLDS
 
-README = Path(command.__file__).with_name("README.md").read_text()
+README = Path(command.__file__).with_name("README.md").read_text(encoding="utf-8")
 
 
 def test_a_plain_step_is_three_forward_passes_and_each_further_task_two_more() -> None:

@@ -32,7 +32,7 @@ from benchmarks.speed.results import TITLES, Figure, format_table
 from benchmarks.speed.rules import rule_times
 
 CPU = torch.device("cpu")
-README = Path(command.__file__).with_name("README.md").read_text()
+README = Path(command.__file__).with_name("README.md").read_text(encoding="utf-8")
 NAMED = {method.name: method for method in METHODS}
 GHOPT = [method for method in METHODS if method.name.startswith("ghopt")]
 PROJECTED = NAMED["ghopt gh, projected"]
@@ -432,8 +432,8 @@ def test_a_peer_that_cannot_run_is_printed_with_its_error(
     shown = format_table(run([NAMED["pytorch_optimizer"], NAMED["ghopt gh"]]))
     assert re.search(r"^pytorch_optimizer( +error \[1\])+$", shown, re.MULTILINE)
     assert re.search(r"^ghopt gh( +\d\S*( \(.*\))?)+$", shown, re.MULTILINE)
-    assert "[1] ModuleNotFoundError: import of pytorch_optimizer" in shown
-    assert shown.count("ModuleNotFoundError") == 1
+    assert "[1] ImportError: pytorch_optimizer is missing; install it with: " in shown
+    assert shown.count("ImportError") == 1
 
 
 def test_a_table_aligns_figures_and_shows_what_there_is_not() -> None:
@@ -465,7 +465,7 @@ def test_the_command_prints_the_tables_and_writes_all_figures(
     ]
     for method in METHODS:
         assert shown.count(f"\n{method.name}: {method.note}.") == 1
-    written = json.loads(file.read_text())
+    written = json.loads(file.read_text(encoding="utf-8"))
     assert f"torch {torch.__version__}" in shown.splitlines()[0]
     assert written["environment"]["torch"] == torch.__version__
     figures = [Figure(**figure) for figure in written["figures"]]

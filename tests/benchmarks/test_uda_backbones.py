@@ -470,7 +470,7 @@ def test_the_command_trains_and_keeps_a_line_with_its_settings(
         assert f"CDAN+E, {rule}, seed 0: " in shown
         assert f"visda-2017: train-validation, {backbone}, 2 steps" in shown
     runs = [*read_runs(store, ImageRun).values()]
-    assert len(runs) == len(store.read_text().splitlines()) == 2
+    assert len(runs) == len(store.read_text(encoding="utf-8").splitlines()) == 2
     assert [run.backbone["name"] for run in runs] == ["resnet-50", "vit-b16-in21k"]
     assert runs[0].backbone["weights"] == str(weights["resnet"])
     small, _ = load_backbone("resnet-50", str(weights["resnet"]))
@@ -538,7 +538,9 @@ def test_only_what_the_store_lacks_is_trained_and_all_of_it_is_in_the_table(
 
     first = ["source-only, sum, seed 0", "DANN, sum, seed 0", "DANN, gh, seed 0"]
     assert trained() == (first, ["source-only -", "DANN sum", "DANN gh"])
-    store.write_text(store.read_text()[:-20])  # killed while it wrote
+    store.write_text(
+        store.read_text(encoding="utf-8")[:-20], encoding="utf-8"
+    )  # killed while it wrote
     assert trained()[0] == first[-1:]
     assert trained()[0] == []
     begun, table = trained("--trade-offs", "1", "0.5")
@@ -548,7 +550,7 @@ def test_only_what_the_store_lacks_is_trained_and_all_of_it_is_in_the_table(
     # Other settings are other runs, and are not in the table of these.
     begun, table = trained("--rules", "gh", "--methods", "DANN", "--batch", "3")
     assert (begun, table) == (first[-1:], ["DANN gh"])
-    assert len(store.read_text().splitlines()) == 9
+    assert len(store.read_text(encoding="utf-8").splitlines()) == 9
 
 
 def test_other_images_labels_and_weights_are_other_runs_and_other_places_are_not(
@@ -617,7 +619,7 @@ def test_the_command_reads_office_31_and_trains_on_the_source_alone(
     asked = arguments(tmp_path, weights["resnet"], store)
     asked[3:8:2] = ["office-31", "amazon", "webcam"]
     main([*asked, "--methods", "source-only", "--rules", "gh"])
-    kept = json.loads(store.read_text())
+    kept = json.loads(store.read_text(encoding="utf-8"))
     assert kept["config"]["rule"] == "sum"  # of one loss, all rules are the sum
     assert kept["obtuse"] is None
     assert kept["data"]["classes"] == 31
@@ -647,7 +649,7 @@ def test_what_is_missing_is_named_before_anything_is_trained(
         with pytest.raises(SystemExit):
             main([*good, *others])
         assert message in capsys.readouterr().err
-    assert not store.exists() or not store.read_text()
+    assert not store.exists() or not store.read_text(encoding="utf-8")
 
 
 def test_the_rules_of_a_seed_differ_only_by_the_rule(

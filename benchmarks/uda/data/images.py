@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.common.extra import bench_extra
 from benchmarks.uda.data import Batch, shuffled_rows
 from benchmarks.uda.data.image_lists import Domain, Task
+from ghopt.extras import from_extra
 
 RESIZED, CROP = 256, 224
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -65,7 +65,7 @@ def read_image(path: str) -> Tensor:
     Raises:
         OSError: if it cannot be read; names it.
     """
-    with bench_extra("images"):
+    with from_extra("images"):
         from PIL import Image
     try:
         with Image.open(path) as image:

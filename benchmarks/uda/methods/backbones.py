@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common.extra import bench_extra
 from benchmarks.uda.methods.networks import Networks, assemble
+from ghopt.extras import from_extra
 
 BOTTLENECK = 256
 """How many features the heads and the discriminator see."""
@@ -104,7 +104,7 @@ def load_backbone(name: str, weights: str | None = None) -> tuple[nn.Module, int
 
     For arguments and errors see :func:`build_networks`.
     """
-    with bench_extra("images"):
+    with from_extra("images"):
         from transformers import ResNetModel, ViTModel
     known = BACKBONES[name]
     where = weights or known.hub

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.common.extra import bench_extra
 from benchmarks.uda.methods.networks import Networks
+from ghopt.extras import from_extra
 
 
 class Seen(NamedTuple):
@@ -89,7 +89,7 @@ def embed(features: Tensor) -> Tensor:
     Raises:
         ImportError: if scikit-learn is missing.
     """
-    with bench_extra():
+    with from_extra("bench"):
         from sklearn.manifold import TSNE
     if not features.isfinite().all():
         return torch.full((len(features), 2), math.nan)

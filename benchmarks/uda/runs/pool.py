@@ -9,11 +9,11 @@ from typing import TypeVar
 
 import torch
 
-from benchmarks.common.extra import bench_extra
 from benchmarks.uda.data import Task
 from benchmarks.uda.methods.rules import RULES
 from benchmarks.uda.methods.steps import SOURCE_ONLY, Config
 from benchmarks.uda.runs.cost import ROUNDS, time_ratios, updates_of
+from ghopt.extras import from_extra
 
 WORKERS = 2
 
@@ -57,7 +57,7 @@ def finished(
     train: Callable[[Config, Task], ResultT],
 ) -> Iterator[ResultT]:
     """Train every configuration, with a bar; yield each run as soon as it is finished."""
-    with bench_extra():
+    with from_extra("bench"):
         from tqdm import tqdm
     with tqdm(total=len(configs), desc="training") as bar:
         futures = [pool.submit(run_one, config, train) for config in configs]
@@ -70,7 +70,7 @@ def timed(
     pool: ProcessPoolExecutor, configs: Sequence[Config]
 ) -> dict[str, dict[str, float]]:
     """Time a step of the rules of the main job, with a bar: ratios by method and rule."""
-    with bench_extra():
+    with from_extra("bench"):
         from tqdm import tqdm
     # One loss alone costs the same with every rule.
     chosen = {one.method: one for one in configs if one.method != SOURCE_ONLY}

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from benchmarks.common.extra import bench_extra
 from benchmarks.uda.runs.records import Result
+from ghopt.extras import from_extra
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,7 +41,7 @@ def save_all(figures: dict[str, "Figure"], directory: Path) -> list[Path]:
 
 def new_figure(height: float) -> "Figure":
     """Make a figure that no global state of pyplot knows, so that nobody closes it."""
-    with bench_extra():
+    with from_extra("bench"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
