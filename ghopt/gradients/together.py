@@ -58,6 +58,8 @@ _BUILT_IN = frozenset(
     and not any(part in name for part in ("Embedding", "Gather", "Nested", "Sparse"))
 )
 _COMMON = frozenset(kind for kind in _BUILT_IN if kind.__name__ in KINDS)
+# Of graphs of gradients, as in a PDE's residual, which lose: their rules call more.
+_NESTED = frozenset(kind for kind in _BUILT_IN if "BackwardBackward" in kind.__name__)
 
 
 class _Plan(NamedTuple):
@@ -219,7 +221,8 @@ def put_together(
     """
     if len(edges) > _MOST_NODES or not HOOKS.are_known or torch.is_anomaly_enabled():
         return None
-    if not all(type(node) in _BUILT_IN for node in edges):
+    kinds = {*map(type, edges)}
+    if not kinds <= _BUILT_IN or kinds & _NESTED:
         return None
     starts = [get_gradient_edge(loss) for loss in losses.values() if loss.requires_grad]
     owners = _owners([start.node for start in starts], edges)
