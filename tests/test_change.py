@@ -800,7 +800,8 @@ def test_the_order_in_memory_takes_no_more() -> None:
 
 def test_when_off_nothing_is_kept() -> None:
     layer = nn.Linear(400, 400)
-    optimizer = HarmonizedOptimizer(SGD(layer.parameters(), lr=0.1))
+    base = SGD(layer.parameters(), lr=0.1)
+    optimizer = HarmonizedOptimizer(base, passes="separate")
     out = layer(torch.randn(8, 400))
     losses = [out.square().mean(), (out - 1).abs().mean()]
     held, _ = allocated(lambda: optimizer.backward(losses))

@@ -130,11 +130,12 @@ def test_a_step_holds_one_copy_of_the_gradients_per_task(tasks: int) -> None:
     layer = nn.Linear(1000, 1000)
     out = layer(torch.randn(8, 1000))
     losses = [out[:, task::tasks].square().mean() for task in range(tasks)]
-    optimizer = HarmonizedOptimizer(SGD(layer.parameters(), lr=0.1))
+    base = SGD(layer.parameters(), lr=0.1)
+    optimizer = HarmonizedOptimizer(base, passes="separate")
     held, peak = allocated(lambda: optimizer.backward(losses))
     copy = 4 * (1000 * 1000 + 1000)
-    # A little more than K copies: blocks in float64, activations.
-    assert tasks * copy <= peak < (tasks + 0.3) * copy
+    # Beside K copies 2 MB, whatever the size: sums of the Gramian, activations.
+    assert tasks * copy <= peak < tasks * copy + 2**21
     assert held == pytest.approx(copy, rel=0.01)
 
 

@@ -233,7 +233,8 @@ def _multiply_elements(flat: Entries, tasks: int, *, last: bool) -> Tensor:
             rows = sums[:, : len(block[0])].unbind()
             for row, (i, j) in zip(rows, pairs, strict=True):
                 row.addcmul_(parts[i], parts[j])
-        products += sums.sum(1, dtype=torch.float64)
+        for place, row in enumerate(sums):  # all at once would be made float64 first
+            products[place] += row.sum(dtype=torch.float64)
     total = first.new_zeros(tasks, tasks, dtype=torch.float64)
     for (i, j), product in zip(pairs, products, strict=True):
         total[i, j] = product

@@ -155,7 +155,8 @@ def test_a_pair_has_the_angle_and_the_ratio_of_norms_that_were_asked_for(
 
 def test_every_method_steps_on_the_sum_that_its_rule_asks_for() -> None:
     errors = values(update_errors(METHODS, "tiny"))
-    assert errors.keys() == NAMED.keys() - {"conflictfree ConFIG"}  # has no rule
+    without_a_rule = {"conflictfree ConFIG", "ghopt gh, features"}
+    assert errors.keys() == NAMED.keys() - without_a_rule
     assert max(errors.values()) < 1e-6
 
 
@@ -249,7 +250,7 @@ def test_methods_that_are_meant_to_be_gh_are_but_for_the_regularised_one() -> No
 
 def test_the_peak_is_that_of_the_dearest_step_of_a_cycle() -> None:
     methods = [NAMED["ghopt gh"], NAMED["ghopt gh, every 4th"]]
-    one, other = values(peak_copies(methods, "mlp32", 2, CPU)).values()
+    one, other = values(peak_copies(methods, "tiny", 2, CPU)).values()
     assert one == other > 0.9
 
 

@@ -487,9 +487,7 @@ def test_with_shared_parameters_there_is_no_function_to_evaluate_twice() -> None
     base = Evaluating(model.parameters())
     base.model = model
     optimizer = HarmonizedOptimizer(base, shared_params=model.trunk.parameters())
-    with pytest.raises(
-        RuntimeError, match=r"must harmonize once.*Leave shared_params out"
-    ):
+    with pytest.raises(RuntimeError, match=r"must harmonize once.*Leave them out"):
         optimizer.step(lambda: model(*models.batch(2)))
     before = weights_of(model)
     lbfgs = HarmonizedOptimizer(
