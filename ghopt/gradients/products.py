@@ -14,6 +14,7 @@ from torch import Tensor
 from ghopt.forms import has_float64, home_of_numbers
 from ghopt.geometry import cosines
 from ghopt.gradients.entries import (
+    BLOCK,
     DEVICE_BLOCK,
     Entries,
     Prepared,
@@ -214,9 +215,25 @@ def _multiply_large(flat: Entries, tasks: int, *, last: bool) -> Tensor:
 
 def _multiply_as_they_are(flat: Entries, tasks: int, *, last: bool) -> Tensor:
     """Take the inner products of one parameter in its own dtype, summed in float64."""
+    if first_of(flat).dtype is torch.float64:
+        return _multiply_wide(flat, tasks, last=last)
     if last or len(flat) <= _FEW:
         return _multiply_elements(flat, tasks, last=last)
     return _multiply_stacked(flat, tasks)
+
+
+def _multiply_wide(flat: Entries, tasks: int, *, last: bool) -> Tensor:
+    """Do so for float64, of which a long dot product loses nothing that counts."""
+    total = first_of(flat).new_zeros(tasks, tasks)
+    products: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
+    pairs = _pairs(flat, tasks, last=last)
+    # By blocks, which stay in the cache for every pair.
+    for block in blocks(flat, BLOCK):
+        for i, j in pairs:
+            products[i, j].append(torch.dot(block[i], block[j]))
+    for (i, j), parts in products.items():
+        total[i, j] = torch.stack(parts).sum()
+    return total
 
 
 def _multiply_elements(flat: Entries, tasks: int, *, last: bool) -> Tensor:
