@@ -6,6 +6,7 @@ Each bar is the time of a step over that of the plain step, the losses summed in
 import argparse
 import json
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 from ghopt.extras import from_extra
@@ -84,14 +85,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         "python -m benchmarks.speed.picture", description=__doc__
     )
-    parser.add_argument("figures", type=Path, help="what --json wrote")
     parser.add_argument("picture", type=Path, help="a file, as .svg or .png")
+    parser.add_argument(
+        "figures",
+        nargs="+",
+        type=Path,
+        help="what --json wrote; of two the later counts",
+    )
     parser.add_argument(
         "--tasks", type=int, default=2, metavar="K", help="(default: 2)"
     )
     options = parser.parse_args(arguments)
-    found = json.loads(options.figures.read_text(encoding="utf-8"))["figures"]
-    picture = draw(found, options.tasks)
+    texts = [path.read_text(encoding="utf-8") for path in options.figures]
+    found = chain.from_iterable(json.loads(text)["figures"] for text in texts)
+    picture = draw([*found], options.tasks)
     # Without the date: the same figures give the same file.
     metadata = {"Date": None} if options.picture.suffix == ".svg" else None
     with rc_context({"svg.hashsalt": "ghopt", "svg.fonttype": "none"}):

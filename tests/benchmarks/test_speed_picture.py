@@ -63,6 +63,18 @@ def test_the_command_writes_the_same_picture_each_time(
     figures.write_text(json.dumps({"figures": FIGURES}), encoding="utf-8")
     written = [tmp_path / f"{name}.{kind}" for name in "ab"]
     for path in written:
-        picture.main([str(figures), str(path), "--tasks", "2"])
+        picture.main([str(path), str(figures), "--tasks", "2"])
     assert written[0].read_bytes() == written[1].read_bytes()
     assert written[0].stat().st_size > 5000
+
+
+def test_of_two_files_the_later_counts(tmp_path: Path) -> None:
+    later = [figure("ghopt gh", "tiny", 2.0)]
+    (panel,) = picture.draw([*FIGURES, *later], 2).axes
+    assert panel.texts[1].get_text() == " 4.00"
+    for name, figures in {"one": FIGURES, "other": later}.items():
+        text = json.dumps({"figures": figures})
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    drawn = tmp_path / "drawn.svg"
+    picture.main([str(drawn), str(tmp_path / "one"), str(tmp_path / "other")])
+    assert "> 4.00<" in drawn.read_text(encoding="utf-8")
