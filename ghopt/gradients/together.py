@@ -230,13 +230,14 @@ def put_together(
     starts = [get_gradient_edge(loss) for loss in losses.values() if loss.requires_grad]
     owners = _owners([start.node for start in starts], edges)
     common = [node for node, owner in owners.items() if owner is None]
+    if not _pays(len(starts), len(common)):
+        return None
     inner: list[Any] = [node for node in common if type(node) is not _LEAF]
     if any(type(node) not in _COMMON for node in inner):
         return None
     plan = _plan(starts, owners, edges)
     leaves = [*plan.leaves, *(leaf for own in plan.own for leaf in own)]
-    pays = _meet(plan) and _pays(len(starts), len(common))
-    if not (pays and _are_plain(leaves, parameters)):
+    if not (_meet(plan) and _are_plain(leaves, parameters)):
         return None
     if any(map(HOOKS.may_be_on, inner)) or any(
         hides(node) for node in edges if type(node) is not _LEAF
