@@ -11,11 +11,12 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node, get_gradient_edge
+from torch.autograd.graph import Node
 
 from ghopt.compiled import refuse_donated
 from ghopt.forms import placed_as
 from ghopt.gradients import StoredGradients
+from ghopt.losses import edge_of
 from ghopt.passes import with_cure
 from ghopt.ranks import Alone, Ranks
 
@@ -52,15 +53,10 @@ def listed_features(features: Features) -> list[Tensor]:
                 f"{list(one.shape)}, behind which there is none. To harmonize over some "
                 "parameters, give them as shared_params"
             )
-    edges = {_edge(one): one for one in found}
+    edges = {edge_of(one): one for one in found}
     if len(edges) > 1:
         _refuse_nested(edges)
     return [*edges.values()]
-
-
-def _edge(tensor: Tensor) -> tuple[Node, int]:
-    edge = get_gradient_edge(tensor)
-    return edge.node, edge.output_nr
 
 
 def _refuse_nested(features: Mapping[tuple[Node, int], Tensor]) -> None:

@@ -346,6 +346,7 @@ def _run_at_features(
             put_back(roles.own, grads, sums)
             for parameter in roles.outside:
                 parameter.grad = sums.get(parameter)
+    HOOKS.note()
     return Outcome(named, found, reused)
 
 

@@ -229,8 +229,8 @@ def leaves(tensor: Tensor, but_through: Sequence[Tensor] = ()) -> Iterator[Tenso
         tensor: requires grad.
         but_through: intermediate results, also with grad, past which not to look.
     """
-    seen = {_edge(end) for end in but_through}
-    stack = [_edge(tensor)]
+    seen = {edge_of(end) for end in but_through}
+    stack = [edge_of(tensor)]
     while stack:
         edge = stack.pop()
         if edge in seen:
@@ -242,7 +242,8 @@ def leaves(tensor: Tensor, but_through: Sequence[Tensor] = ()) -> Iterator[Tenso
         stack += [(node, place) for node, place in edge[0].next_functions if node]
 
 
-def _edge(tensor: Tensor) -> tuple[Node, int]:
+def edge_of(tensor: Tensor) -> tuple[Node, int]:
+    """Give the node that made a tensor, and which of its outputs it is."""
     edge = get_gradient_edge(tensor)
     return edge.node, edge.output_nr
 
