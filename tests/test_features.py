@@ -23,7 +23,10 @@ from ghopt import (
     ghpp,
     plain_sum,
 )
+from ghopt.features import FeatureGradients, gradients_at
+from ghopt.gradients import StoredGradients
 from ghopt.losses import Loss
+from ghopt.ranks import ALONE
 from ghopt.report import judge
 from tests import models
 from tests.literal import grads, literal_gradients, literal_update
@@ -121,6 +124,13 @@ def test_no_task_is_opposed_in_what_the_features_shall_become() -> None:
     weights = optimizer.last.weights  # type: ignore[union-attr]
     arrived.append(weights @ jacobian)
     assert (jacobian @ arrived[0]).min() > -1e-15
+
+
+def test_gradients_at_features_say_whether_a_task_has_one() -> None:
+    z, other = (torch.ones(3, requires_grad=True) for _ in range(2))
+    stored = gradients_at([z], {"a": z.sum()}, ["a"])
+    assert FeatureGradients(stored, ALONE, [other])
+    assert not FeatureGradients(StoredGradients(["a"], [z]), ALONE, [other])
 
 
 def test_several_features_count_as_one_vector() -> None:

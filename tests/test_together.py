@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 import ghopt
 from ghopt import HarmonizedOptimizer
-from ghopt.gradients import together
+from ghopt.gradients import graph, together
 from ghopt.gradients.graph import HOOKS, edges_of
 from ghopt.gradients.together import KINDS, Together
 from tests.literal import literal_gradients, literal_update
@@ -172,6 +172,41 @@ def test_a_head_may_look_up_some_rows() -> None:
         return model, [*losses(out, TASKS - 1), some]
 
     check(case, shared=True)
+
+
+def count_of_nonzero(x: Tensor) -> Tensor:
+    """Take the norm of order 0: autograd hands nothing back."""
+    return torch.linalg.vector_norm(x, 0)
+
+
+def test_a_task_may_hand_nothing_back() -> None:
+    def case() -> tuple[nn.Module, Losses]:
+        model = network()
+        out = model(inputs())
+        return model, [count_of_nonzero(out), *losses(out)]
+
+    check(case, shared=True)
+
+
+def test_a_head_may_receive_nothing() -> None:
+    def case() -> tuple[nn.Module, Losses]:
+        model = network()
+        idle = nn.Linear(WIDTH, 1).double()
+        out = model(inputs())
+        return nn.Sequential(model, idle), [count_of_nonzero(idle(out)), *losses(out)]
+
+    check(case, shared=True)
+
+
+def test_tasks_that_all_hand_nothing_back_are_an_error_as_ever() -> None:
+    HOOKS.note()
+    model = network()
+    optimizer = HarmonizedOptimizer(SGD(model.parameters()))
+    out = model(inputs())
+    with counted() as count, pytest.raises(ValueError, match="losses must reach"):
+        optimizer.backward([count_of_nonzero(out + k) for k in range(TASKS)])
+    assert count == [1]
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_losses_may_be_parts_of_one_vector() -> None:
@@ -655,6 +690,18 @@ def test_a_hook_on_a_leaf_counts_also_after_a_step_without_it() -> None:
         if number == 0:
             held.append(on_leaf(model))
     assert counts == [1, 0, 0]
+
+
+def test_leaves_without_hooks_are_remembered_up_to_a_number() -> None:
+    # Inputs that require grad are new leaves at each step.
+    HOOKS.note()
+    model = network()
+    optimizer = HarmonizedOptimizer(SGD(model.parameters()))
+    with patch.object(graph, "_MOST_LEAVES", 15), counted() as count:
+        for _ in range(8):
+            optimizer.backward(losses(model(inputs().requires_grad_())))
+    assert count == [8]
+    assert 0 < len(HOOKS._clean) <= 15
 
 
 def weights_of_a_subclass(model: nn.Sequential) -> None:

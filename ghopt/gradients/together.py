@@ -359,5 +359,6 @@ def _gathered(
     sums |= {other: grad.clone() for other, (_, grad) in own.items()}
     for other in sums.keys() - parts.keys():
         other.grad = accumulate(other.grad, sums[other].contiguous())
-    matrix = torch.cat([*parts.values()], dim=1)
-    return TogetherGradients(matrix, [*parts])
+    # The tasks may all have handed nothing back.
+    rows = torch.cat([*parts.values()], dim=1) if parts else torch.empty(tasks, 0)
+    return TogetherGradients(rows, [*parts])
