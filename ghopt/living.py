@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from itertools import compress
 from typing import Generic, TypeVar
 
 _T = TypeVar("_T")
@@ -13,8 +14,18 @@ def living(kind: type[_T]) -> list[_T]:
     Takes as long as Python's garbage collection, some ten milliseconds. Objects that
     ``gc.freeze`` has hidden are not found.
     """
-    # Of the type: an object may lie about its class, or warn when asked for it.
-    return [found for found in gc.get_objects() if issubclass(type(found), kind)]
+    objects = gc.get_objects()
+    # Of the type: an object may lie about its class, or warn when asked for it. Each type
+    # is asked once, which takes long of one with an abstract base, as DDP models have;
+    # by its id, as not all types can be hashed.
+    types = list(map(type, objects))
+    numbers = list(map(id, types))
+    of_kind = {
+        number
+        for number, each in dict(zip(numbers, types, strict=True)).items()
+        if issubclass(each, kind)
+    }
+    return list(compress(objects, map(of_kind.__contains__, numbers)))
 
 
 class Living(Generic[_T]):

@@ -175,7 +175,10 @@ def run_passes(
     """
     watch = _Watch(roles.own)
     try:
-        averages = _run_all(losses, gradients, roles, run, retain_graph, ranks, watch)
+        with with_cure():
+            averages = _run_all(
+                losses, gradients, roles, run, retain_graph, ranks, watch
+            )
     except Exception as error:
         watch.check(error)
         raise
@@ -214,8 +217,7 @@ def _run_all(
             # Where there are earlier gradients autograd adds to them in place.
             for parameter in roles.harmonized if of_task else ():
                 parameter.grad = of_task.pop(parameter, None)
-            with with_cure():
-                run(name, losses[name], name in retaining)
+            run(name, losses[name], name in retaining)
             watch.check()
             of_task.update(_taken_off(roles.harmonized, places))
             for parameter in roles.summed:
@@ -267,22 +269,29 @@ def with_cure() -> Iterator[None]:
 
 def _own(gradient: Tensor, parameter: Tensor, places: set[tuple[int, int]]) -> Tensor:
     """Copy a gradient that shares memory, with a DDP bucket, say, or another task's."""
-    shard = gradient
-    offset = 0
     if type(gradient) is not Tensor:
         gradient = placed_as(gradient, parameter)
-        shard = local(gradient)
-        # Shards do not overlap, and FSDP2 cuts all of a pass from one storage.
-        offset = 0 if shard is gradient else int(shard.storage_offset())
     if gradient.layout is not torch.strided:
         return gradient
-    # Of the storage, not of the first element: parts of one tensor may overlap.
-    place = shard.untyped_storage()._cdata, offset
+    place = _place(gradient)
     if place in places or gradient._is_view():
         gradient = gradient.clone()
-        place = local(gradient).untyped_storage()._cdata, 0
+        place = _place(gradient)
     places.add(place)
     return gradient
+
+
+def _place(gradient: Tensor) -> tuple[int, int]:
+    """Tell gradients apart that share no memory."""
+    # By the storage, not the first element: parts of one tensor may overlap.
+    if type(gradient) is Tensor:
+        if gradient.storage_offset() == 0:  # there both have one address
+            return gradient.data_ptr(), 0
+        return gradient.untyped_storage().data_ptr(), 0
+    shard = local(gradient)
+    # Shards do not overlap, and FSDP2 cuts all of a pass from one storage.
+    offset = 0 if shard is gradient else int(shard.storage_offset())
+    return shard.untyped_storage()._cdata, offset
 
 
 def taken(losses: Mapping[str, Tensor], params: Iterable[Tensor]) -> StoredGradients:

@@ -1,5 +1,6 @@
 """Settings shared by every test."""
 
+import gc
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -16,9 +17,9 @@ from ghopt.gradients import deferred, together
 
 # torch's first calls are slow, so a deadline would fail on them and on nothing else. The
 # same draws each time: a test that passed for one must not fail for another by chance.
-settings.register_profile("same", deadline=None, derandomize=True)
-# Other draws each time, to look for what the former miss.
-settings.register_profile("anew", deadline=None, derandomize=False)
+settings.register_profile("same", deadline=None, derandomize=True, max_examples=50)
+# Other draws each time, and more, to look for what the former miss.
+settings.register_profile("anew", deadline=None, derandomize=False, max_examples=200)
 settings.load_profile("same")
 
 # The tensors of a test are tiny: threads cost more than they save.
@@ -26,6 +27,11 @@ torch.set_num_threads(1)
 
 # DeepXDE reads it when it is imported; without it, it writes a file at home.
 os.environ["DDE_BACKEND"] = "pytorch"
+
+
+def pytest_collection_finish() -> None:
+    """Hide what was imported from the search for garbage, and for objects of a kind."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="module", params=["on the CPU", "as on a device"])

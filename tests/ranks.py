@@ -1,5 +1,6 @@
 """Functions run as the ranks of a gloo process group, one process each."""
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -130,6 +131,8 @@ def _run(
 ) -> None:
     os.environ.update(variables, RANK=str(rank), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
+    # What was imported before the fork is not looked through for DDP models.
+    gc.freeze()
     try:
         if timeout is not None:
             dist.init_process_group("gloo", timeout=timeout)

@@ -20,8 +20,8 @@ Jacobians = st.SearchStrategy[Tensor]
 SPAN = 1e-7
 """Eigenvalue of the cosines from which on directions are resolved, and results exact."""
 
-# For tests with many parameters or many tasks: a quarter of the profile's examples.
-fewer_examples = settings(max_examples=settings().max_examples // 4)
+# For tests with many parameters or many tasks: half of the profile's examples.
+fewer_examples = settings(max_examples=settings().max_examples // 2)
 
 
 def powers_of_ten(low: float, high: float) -> st.SearchStrategy[float]:

@@ -161,11 +161,39 @@ def test_products_of_half_gradients_do_not_overflow() -> None:
     assert gramian(gradients).eq(1e7).all()
 
 
+# A long gradient, and many small ones that make as much.
+PARTS = pytest.mark.parametrize("part", [600_000, 9_999])
+
+
+@PARTS
 @pytest.mark.parametrize("scale", [1e-25, 1e-12, 1.0, 1e18])
-def test_the_gramian_keeps_its_accuracy_at_every_scale(scale: float) -> None:
+def test_the_gramian_keeps_its_accuracy_at_every_scale(scale: float, part: int) -> None:
     tasks = [draw_tensor((600_000,), torch.float32, seed) * scale for seed in range(3)]
     rows = torch.stack(tasks).double()
-    assert error(gramian([[task] for task in tasks]), rows @ rows.T) < 1e-7
+    found = gramian([[*torch.split(task, part)] for task in tasks])
+    assert error(found, rows @ rows.T) < 1e-7
+
+
+@pytest.mark.parametrize("tasks", [2, 3, 8])
+@pytest.mark.parametrize("size", [2**14, 50_000, 200_000])
+@pytest.mark.parametrize("power", [1, 2])
+def test_many_small_float32_gradients_lose_no_digits(
+    power: int, size: int, tasks: int
+) -> None:
+    drawn = [
+        draw_tensor((size,), torch.float32, seed).abs() ** power
+        for seed in range(tasks)
+    ]
+    rows = torch.stack(drawn).double()
+    found = gramian([[*torch.split(task, 999)] for task in drawn])
+    assert error(found, rows @ rows.T) < 4e-8
+
+
+def test_few_small_gradients_are_multiplied_in_float64() -> None:
+    drawn = [draw_tensor((2**14 - 1,), torch.float32, seed) for seed in range(3)]
+    rows = torch.stack(drawn).double()
+    found = gramian([[*torch.split(task, 999)] for task in drawn])
+    assert error(found, rows @ rows.T) < 1e-15
 
 
 @pytest.mark.parametrize("tasks", [2, 3, 4, 6])
@@ -202,13 +230,27 @@ def test_long_gradients_count_where_they_are(
     assert error(gramian(gradients), rows @ rows.T) < 1e-7
 
 
+@PARTS
 @pytest.mark.parametrize("tilt", [1e-1, 1e-3, 1e-5])
-def test_products_are_float64_where_the_angle_needs_it(tilt: float) -> None:
+def test_products_are_float64_where_the_angle_needs_it(tilt: float, part: int) -> None:
     a = draw_tensor((600_000,), torch.float32, 1)
     b = -a + tilt * draw_tensor((600_000,), torch.float32, 2)
     rows = torch.stack([a, b]).double()
+    found = gramian([[*torch.split(task, part)] for task in (a, b)])
     # What a float64 sum of so many squares is off by, here or in the expected value.
-    assert error(gramian([[a], [b]]), rows @ rows.T) < 1e-12
+    assert error(found, rows @ rows.T) < 1e-12
+
+
+@PARTS
+def test_products_are_float64_where_several_cosines_add_up_to_dependence(
+    part: int,
+) -> None:
+    # No two of these are nearly opposite, but each of the three is, to the sum of others.
+    a, b, tilt = (draw_tensor((600_000,), torch.float32, seed) for seed in range(3))
+    tasks = [a, b, -a - b + 1e-2 * tilt]
+    rows = torch.stack(tasks).double()
+    found = gramian([[*torch.split(task, part)] for task in tasks])
+    assert error(found, rows @ rows.T) < 1e-12
 
 
 def test_one_zero_task_among_others_counts_as_zero() -> None:

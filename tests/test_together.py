@@ -176,7 +176,8 @@ def test_a_head_may_look_up_some_rows() -> None:
 
 def count_of_nonzero(x: Tensor) -> Tensor:
     """Take the norm of order 0: autograd hands nothing back."""
-    return torch.linalg.vector_norm(x, 0)
+    count: Tensor = torch.linalg.vector_norm(x, 0)
+    return count
 
 
 def test_a_task_may_hand_nothing_back() -> None:

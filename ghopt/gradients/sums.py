@@ -170,6 +170,9 @@ def _add_rest(part: Prepared, weights: Tensor, *, wide: bool) -> None:
     factors = weights.tolist() if on_cpu else list(weights.unbind())
     kinds: dict[object, list[Entries]] = defaultdict(list)
     for entries in part.rest:
+        if part.is_plain and not wide:  # one device, and calls of torch take two dtypes
+            kinds[tuple(entries)].append(entries)
+            continue
         first = first_of(entries)
         if not part.is_plain and is_sparse(entries):
             entries[min(entries)] = _add_sparse(entries, factors)

@@ -734,7 +734,7 @@ class Training(RuleBasedStateMachine):
 DEFAULT = settings.get_profile(settings.get_current_profile_name())
 TestTraining = Training.TestCase
 TestTraining.settings = settings(
-    max_examples=DEFAULT.max_examples // 3,
+    max_examples=DEFAULT.max_examples * 2 // 3,
     stateful_step_count=30,
     phases=[phase for phase in Phase if phase is not Phase.explain],  # minutes long
 )
