@@ -30,6 +30,12 @@ PICTURES = {
 """Who draws which picture, of images of which size."""
 
 
+STEPS = {
+    "selected": "count in the steps selected on the source, not in the last",
+    "best": "count in the best steps by the target's own test labels, as the paper does",
+}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(
@@ -38,14 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--draw", type=Path, metavar="DIR", help="folder for the pictures"
     )
-    parser.add_argument(
-        "--selected",
-        dest="compared",
-        action="store_const",
-        const="selected",
-        default="accuracy",
-        help="count in the steps selected on the source, not in the last",
-    )
+    step = parser.add_mutually_exclusive_group()
+    for name, words in STEPS.items():
+        step.add_argument(
+            f"--{name}", dest="compared", action="store_const", const=name, help=words
+        )
     parser.add_argument(
         "--store",
         type=Path,
@@ -62,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options.draw.mkdir(parents=True, exist_ok=True)
     except (ImportError, OSError, ValueError) as error:
         parser.error(str(error))
-    print(format_verdict(tasks[SIZE], options.compared))
+    print(format_verdict(tasks[SIZE], options.compared or "accuracy"))
     if options.draw:
         for name, (draw, size) in PICTURES.items():
             save(draw(tasks[size]), options.draw / f"{name}.svg")

@@ -44,7 +44,7 @@ def compare(runs: Sequence[Run], compared: str = "accuracy") -> list[Compared]:
 
     Args:
         runs: of one task, like each other in size, steps and rate.
-        compared: the field that is compared, ``accuracy`` or ``selected``.
+        compared: what of a run is compared: ``accuracy``, ``selected`` or ``best``.
     """
     weights = sorted({float(str(run.config["trade_off"])) for run in runs})
     found = []

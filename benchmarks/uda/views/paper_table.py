@@ -106,7 +106,7 @@ def _figure(value: float | None) -> str:
 
 def describe_oracle(runs: Sequence[Run]) -> str:
     """Say what the paper's choice of the step, by the labels of the target, would add."""
-    gains = [100 - min(error for _, error in run.errors) - run.accuracy for run in runs]
+    gains = [run.best - run.accuracy for run in runs]
     return (
         "The best step by the target's own test labels, as in the paper,\nwould add "
         f"{mean(gains):.1f} points in the mean, {max(gains):.1f} at most."
