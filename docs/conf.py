@@ -3,7 +3,10 @@
 import ast
 from pathlib import Path
 
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
+from sphinx.writers.html5 import HTML5Translator
 
 project = "ghopt"
 copyright = "the ghopt authors"
@@ -20,6 +23,8 @@ autodoc_preserve_defaults = True
 napoleon_use_ivar = True
 # Docstrings of recipes set code in single backticks.
 default_role = "code"
+# Formulas as MathML, which browsers show by themselves: MathJax would come over the network.
+html_math_renderer = "mathml"
 
 
 def write_recipes(app: Sphinx) -> None:
@@ -42,6 +47,14 @@ def write_recipes(app: Sphinx) -> None:
         )
 
 
+def write_formula(writer: HTML5Translator, node: nodes.math | nodes.math_block) -> None:
+    """Write a formula as MathML, and nothing else of its node."""
+    is_block = isinstance(node, nodes.math_block)
+    writer.body.append(str(tex2mathml(node.astext(), as_block=is_block)))
+    raise nodes.SkipNode
+
+
 def setup(app: Sphinx) -> None:
-    """Call `write_recipes` before Sphinx looks for pages."""
+    """Call `write_recipes` before Sphinx looks for pages, and make the form of formulas known."""
     app.connect("builder-inited", write_recipes)
+    app.add_html_math_renderer("mathml", (write_formula, None), (write_formula, None))

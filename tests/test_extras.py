@@ -165,6 +165,8 @@ PHOTOGRAPHS = "--data . --dataset office-31 --source amazon --target webcam"
         ),
         ("benchmarks.uda.timing", "", "bench", ["mlxtend", "sklearn"]),
         ("benchmarks.uda.plots", ".", "bench", ["matplotlib"]),
+        ("benchmarks.uda.verdict", "--draw pictures", "bench", ["matplotlib"]),
+        ("benchmarks.uda.geometry", "pictures", "bench", ["matplotlib"]),
         ("benchmarks.uda.adapt", PHOTOGRAPHS, "images", ["PIL", "tqdm"]),
         ("benchmarks.uda.adapt", PHOTOGRAPHS, "images", ["transformers"]),
         ("benchmarks.mtl.__main__", "", "mtl", ["mlxtend", "sklearn", "torchjd"]),
@@ -210,6 +212,7 @@ def test_a_command_says_at_once_which_extra_it_lacks(
 def test_what_the_pages_say_to_run_runs() -> None:
     """A module without its last two lines does nothing, and says nothing."""
     pages = [HERE / "README.md", *HERE.glob("benchmarks/*/README.md")]
+    pages += HERE.glob("docs/*.rst")
     pages += [*HERE.glob("benchmarks/**/*.py"), *HERE.glob("examples/*.py")]
     texts = [page.read_text(encoding="utf-8") for page in pages]
     commands = {

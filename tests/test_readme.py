@@ -42,7 +42,7 @@ def test_links_work_wherever_the_readme_is_shown() -> None:
 
 def test_files_that_the_readme_names_are_there() -> None:
     text = README.read_text(encoding="utf-8")
-    pages = re.findall(r"`(benchmarks/[\w/]+\.md)`", text)
+    pages = re.findall(r"`(benchmarks/[\w/]+\.md|docs/\w+\.rst)`", text)
     scripts = re.findall(r"`(?:examples/)?(\w+\.py)`", text)
     assert len(pages) > 4
     assert len(scripts) > 15

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
+from benchmarks.common.picture import save
 from ghopt.extras import from_extra
 
 with from_extra("bench"):
-    from matplotlib import rc_context
     from matplotlib.figure import Figure as Picture
 
 NETWORKS = {
@@ -99,10 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     texts = [path.read_text(encoding="utf-8") for path in options.figures]
     found = chain.from_iterable(json.loads(text)["figures"] for text in texts)
     picture = draw([*found], options.tasks)
-    # Without the date: the same figures give the same file.
-    metadata = {"Date": None} if options.picture.suffix == ".svg" else None
-    with rc_context({"svg.hashsalt": "ghopt", "svg.fonttype": "none"}):
-        picture.savefig(options.picture, metadata=metadata, dpi=150)
+    save(picture, options.picture)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from benchmarks.uda.methods.updates import harmonized
 from benchmarks.uda.runs.configs import make_configs
 from benchmarks.uda.runs.options import add_device, add_trade_offs
 from benchmarks.uda.runs.records import Run
-from benchmarks.uda.views.paper_table import format_table
+from benchmarks.uda.views.paper_table import format_angles, format_table
 from ghopt import Recorder
 from ghopt.extras import from_extra
 
@@ -106,10 +106,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             run = _run(key, config, task, data, backbone, options)
             append_run(options.store, run)
             known[key] = run
-    print(
-        f"\n{task.name}, {options.backbone}, {options.steps} steps\n\n"
-        f"{format_table([known[key] for key in keys])}\n\nKept in {options.store}"
-    )
+    runs = [known[key] for key in keys]
+    print(f"\n{task.name}, {options.backbone}, {options.steps} steps\n")
+    print(f"{format_table(runs)}\n\n{format_angles(runs)}\n\nKept in {options.store}")
 
 
 def key_of(

@@ -26,6 +26,7 @@ from benchmarks.uda.views.paper_table import (
     COMPARED,
     NOTES,
     describe_oracle,
+    format_angles,
     format_layout,
     format_table,
 )
@@ -93,6 +94,7 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
         size = f"{options.size}x{options.size}"
         print(f"\n{name}, {size}, {options.steps} steps\n")
         print(format_table(chosen, options.compared))
+        print(f"\n{format_angles(chosen)}")
         # A run that a changed sign ruins says nothing about the choice of a step.
         sound = [one for one in chosen if one.config["rule"] not in FLIPS]
         if sound:

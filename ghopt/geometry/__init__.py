@@ -246,7 +246,8 @@ def ghpp_printed_coefficients(gramian: Tensor, lam: float = 0.5) -> Tensor:
 
     Here to reproduce published numbers: the authors' code does this too. It lengthens
     gradient 0 and shortens gradient 1 but turns neither, so contrary to the text and
-    the figure of the paper the angle, and the conflict, stay.
+    the figure of the paper the angle, and the conflict, stay. With ``lam`` below 1/3 and
+    ``(1 - lam) * (theta - pi/2)`` above pi/3 it even reverses gradient 1.
 
     Args:
         gramian: inner products of at most two gradients, shape ``[K, K]``.

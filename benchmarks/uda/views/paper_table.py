@@ -4,11 +4,12 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import mean, median, stdev
 
-from benchmarks.common.statistics import paired_difference
+from benchmarks.common.statistics import Difference
 from benchmarks.common.table import lay_out
 from benchmarks.uda.methods.rules import ALL_RULES, FLIPS
 from benchmarks.uda.methods.steps import ALL_METHODS, SOURCE_ONLY
 from benchmarks.uda.runs.records import Run
+from benchmarks.uda.views.compared import Compared, by_seed, compare
 
 PAPER = {
     ("mnist-usps", "CDAN+E"): {"sum": 95.6, "gh": 96.8, "ghpp": 96.5},
@@ -35,18 +36,8 @@ SSRT's with a ViT-B/16 that had seen ImageNet-21K.
 COMPARED = {"accuracy": "last step", "selected": "selected steps"}
 """What of a run can be compared with the sum's, and its name."""
 
-COLUMNS = (
-    "method",
-    "rule",
-    "last step",
-    "selected",
-    "minus sum [95 %]",
-    "conflict %",
-    "mean cos",
-    "|g1|/|g2|",
-    "null %",
-    "paper",
-)
+COLUMNS = ("method", "rule", "last step", "selected", "minus sum [95 %]", "paper")
+ANGLES = ("method", "rule", "conflict %", "mean cos", "|g1|/|g2|", "null %")
 
 NOTES = """\
 last step: target test accuracy in percent after the last step, mean +- standard deviation
@@ -68,17 +59,13 @@ def format_table(runs: Sequence[Run], compared: str = "accuracy") -> str:
 
     ``compared`` is the field that is compared with the sum's: a key of ``COMPARED``.
     """
-    rows: list[tuple[str, ...]] = [COLUMNS]
-    weights = sorted({float(str(run.config["trade_off"])) for run in runs})
-    for method in ALL_METHODS:
-        for rule in ALL_RULES:
-            for weight in weights:
-                own = _by_seed(runs, method, rule, weight)
-                base = 1.0 if rule == "sum" else weight
-                if own:
-                    plain = _by_seed(runs, method, "sum", base)
-                    rows.append(_row(own, plain, compared))
-    return lay_out(rows, names=2)
+    return lay_out([COLUMNS, *map(_row, compare(runs, compared))], names=2)
+
+
+def format_angles(runs: Sequence[Run]) -> str:
+    """Lay out how the two gradients lay to each other, a line per method and rule."""
+    rows = [_angles(one) for one in compare(runs) if one.method != SOURCE_ONLY]
+    return lay_out([ANGLES, *rows], names=2)
 
 
 def format_layout(tasks: Mapping[str, Sequence[Run]]) -> str:
@@ -92,7 +79,7 @@ def format_layout(tasks: Mapping[str, Sequence[Run]]) -> str:
     rows: list[tuple[str, ...]] = [("method", "rule", *heads, "mean", "paper")]
     for method in ALL_METHODS:
         for rule in (one for one in ALL_RULES if one not in FLIPS):
-            found = [_by_seed(runs, method, rule, 1.0) for runs in tasks.values()]
+            found = [by_seed(runs, method, rule, 1.0) for runs in tasks.values()]
             if any(found):
                 values = [[run.accuracy for run in own.values()] for own in found]
                 paper = [PAPER.get((name, method), {}).get(rule) for name in tasks]
@@ -119,53 +106,34 @@ def _figure(value: float | None) -> str:
 
 def describe_oracle(runs: Sequence[Run]) -> str:
     """Say what the paper's choice of the step, by the labels of the target, would add."""
-    gains = [100 - min(error for _, error in run.errors) - run.accuracy for run in runs]
+    gains = [run.best - run.accuracy for run in runs]
     return (
-        "The best step by the target's own test labels, as in the paper, would add "
+        "The best step by the target's own test labels, as in the paper,\nwould add "
         f"{mean(gains):.1f} points in the mean, {max(gains):.1f} at most."
     )
 
 
-def _by_seed(
-    runs: Iterable[Run], method: str, rule: str, weight: float
-) -> dict[object, Run]:
-    wanted = {"method": method, "rule": rule, "trade_off": weight}
-    return {
-        run.config["seed"]: run for run in runs if wanted.items() <= run.config.items()
-    }
-
-
-def _row(
-    own: dict[object, Run], plain: dict[object, Run], compared: str
-) -> tuple[str, ...]:
-    first = next(iter(own.values()))
-    method, rule, task = (str(first.config[key]) for key in ("method", "rule", "task"))
-    weight = float(str(first.config["trade_off"]))
-    pairs = [
-        (getattr(run, compared), getattr(plain[seed], compared))
-        for seed, run in own.items()
-        if seed in plain and not math.isnan(getattr(run, compared))
-    ]
-    reference = rule == "sum" and weight == 1
-    name = (
-        "-"
-        if method == SOURCE_ONLY
-        else rule
-        if weight == 1
-        else f"{rule} x {weight:g}"
-    )
-    paper = PAPER.get((task, method), {}).get(rule if weight == 1 else "")
+def _row(one: Compared) -> tuple[str, ...]:
+    task = str(one.runs[0].config["task"])
+    paper = PAPER.get((task, one.method), {}).get(one.rule if one.weight == 1 else "")
     return (
-        method,
-        name,
-        _count([run.accuracy for run in own.values()]),
-        _spread(run.selected for run in own.values()),
-        "-" if reference or not pairs else _difference(pairs),
-        _median(own, lambda run: run.obtuse, ".0f"),
-        _median(own, lambda run: run.cosine, "+.3f"),
-        _median(own, lambda run: run.ratio, ".3f"),
-        _median(own, lambda run: run.null, ".0f"),
+        one.method,
+        one.name,
+        _count([run.accuracy for run in one.runs]),
+        _spread(run.selected for run in one.runs),
+        _difference(one.difference),
         _figure(paper),
+    )
+
+
+def _angles(one: Compared) -> tuple[str, ...]:
+    return (
+        one.method,
+        one.name,
+        _median(one.runs, lambda run: run.obtuse, ".0f"),
+        _median(one.runs, lambda run: run.cosine, "+.3f"),
+        _median(one.runs, lambda run: run.ratio, ".3f"),
+        _median(one.runs, lambda run: run.null, ".0f"),
     )
 
 
@@ -180,17 +148,18 @@ def _spread(values: Iterable[float]) -> str:
     return f"{mean(found):.1f}" + (f" +- {stdev(found):.1f}" if len(found) > 1 else "")
 
 
-def _difference(pairs: Sequence[tuple[float, float]]) -> str:
-    found = paired_difference(*zip(*pairs, strict=True))
+def _difference(found: Difference | None) -> str:
+    if found is None:
+        return "-"
     if not math.isfinite(found.margin):
         return f"{found.mean:+.1f}"
     return f"{found.mean:+.1f} [{found.low:+.1f}, {found.high:+.1f}]"
 
 
 def _median(
-    runs: dict[object, Run], value: Callable[[Run], float | None], form: str
+    runs: Sequence[Run], value: Callable[[Run], float | None], form: str
 ) -> str:
-    found = [one for one in map(value, runs.values()) if one is not None]
+    found = [one for one in map(value, runs) if one is not None]
     if any(map(math.isnan, found)):  # which have no order
         return format(math.nan, form)
     return format(median(found), form) if found else "-"
