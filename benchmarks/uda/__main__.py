@@ -9,19 +9,22 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.common.digits import SIZE
 from benchmarks.common.extra import need
 from benchmarks.common.options import positive
 from benchmarks.common.store import append_run, read_runs
-from benchmarks.uda.data import load_task
+from benchmarks.uda.data import DEMO, load_task
 from benchmarks.uda.methods.rules import RULES
 from benchmarks.uda.methods.steps import METHODS, SOURCE_ONLY, Config
 from benchmarks.uda.runs import configs
 from benchmarks.uda.runs.options import DEMO_STEPS, REAL_STEPS, add_task, find_task
 from benchmarks.uda.runs.pool import finished, start_pool, timed
-from benchmarks.uda.runs.records import Result, key_of
+from benchmarks.uda.runs.records import KEPT, Result, Run, key_of
 from benchmarks.uda.runs.train import run
+from benchmarks.uda.views.compared import tasks_of
 from benchmarks.uda.views.plots import draw_all
 from benchmarks.uda.views.table import format_notes, format_table, verdict
+from benchmarks.uda.views.verdict import largest_gain
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -54,10 +57,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = [known[key] for key in wanted]
     paths = draw_all(results, options.out)
     table = format_table(results, ratios)
-    text = f"{name}\n\n{table}\n\n{format_notes(results)}\n\n{verdict(results)}"
+    found = verdict(results)
+    if name == DEMO:
+        found += f"\n{elsewhere()}"
+    text = f"{name}\n\n{table}\n\n{format_notes(results)}\n\n{found}"
     (options.out / "table.txt").write_text(f"{text}\n", encoding="utf-8")
     print(f"\n{text}\n\nWrote results.jsonl, table.txt, ", end="")
     print(f"{', '.join(path.name for path in paths)} to {options.out}/")
+
+
+def elsewhere() -> str:
+    """Say what the kept runs on larger data show, and how to see all of them."""
+    kept = tasks_of([*read_runs(KEPT, Run).values()], SIZE)
+    return (
+        f"On more data, and longer: {largest_gain(kept)}.\n"
+        "All differences there: python -m benchmarks.uda.verdict"
+    )
 
 
 def make_configs(task: str, seeds: int, steps: int) -> list[Config]:

@@ -20,7 +20,7 @@ from benchmarks.uda.methods.steps import ALL_METHODS, SOURCE_ONLY, Config
 from benchmarks.uda.runs.configs import make_configs
 from benchmarks.uda.runs.options import add_data, add_device, add_trade_offs
 from benchmarks.uda.runs.pool import finished, start_pool
-from benchmarks.uda.runs.records import Run, key_of, summarize
+from benchmarks.uda.runs.records import KEPT, Run, key_of, summarize
 from benchmarks.uda.runs.train import run
 from benchmarks.uda.views.paper_table import (
     COMPARED,
@@ -30,8 +30,6 @@ from benchmarks.uda.views.paper_table import (
     format_layout,
     format_table,
 )
-
-STORE = Path(__file__).with_name("table3.jsonl")
 
 # Numbers of steps, images per batch and learning rate: what shows a signal in the time
 # that a CPU has (16x16, LeNet of 30 000 parameters). The script published with the paper,
@@ -47,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with TemporaryDirectory() as scratch:
         if options.quick:
             options.tasks, options.seeds, options.steps = [DEMO], 1, QUICK_STEPS
-            options.store = Path(scratch, STORE.name)
+            options.store = Path(scratch, KEPT.name)
         _run(parser, options)
 
 
@@ -147,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--store",
         type=Path,
-        default=STORE,
+        default=KEPT,
         metavar="FILE",
         help="where the runs are kept (default: the committed ones)",
     )

@@ -12,13 +12,12 @@ from benchmarks.common.digits import SIZE
 from benchmarks.common.extra import need
 from benchmarks.common.picture import save
 from benchmarks.common.store import read_runs
-from benchmarks.uda.data import LARGE, REAL
-from benchmarks.uda.runs.records import Run
+from benchmarks.uda.data import LARGE
+from benchmarks.uda.runs.records import KEPT, Run
 from benchmarks.uda.views.beside import draw_angles, draw_errors, draw_table3
+from benchmarks.uda.views.compared import tasks_of
 from benchmarks.uda.views.forest import draw_forest
-from benchmarks.uda.views.verdict import Tasks, format_verdict
-
-STORE = Path(__file__).with_name("table3.jsonl")
+from benchmarks.uda.views.verdict import format_verdict
 
 PICTURES = {
     "uda-differences": (draw_forest, SIZE),
@@ -52,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--store",
         type=Path,
-        default=STORE,
+        default=KEPT,
         metavar="FILE",
         help="where the runs are kept (default: the committed ones)",
     )
@@ -69,30 +68,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.draw:
         for name, (draw, size) in PICTURES.items():
             save(draw(tasks[size]), options.draw / f"{name}.svg")
-
-
-def tasks_of(runs: Sequence[Run], size: int) -> Tasks:
-    """Sort runs on the CPU by their task, those of the most usual number of steps.
-
-    Raises:
-        ValueError: if there are none of this size.
-    """
-    own = [one for one in runs if one.config["size"] == size and one.device == "cpu"]
-    lengths = [int(str(one.config["steps"])) for one in own]
-    if not own:
-        raise ValueError(f"the store has no runs of size {size}")
-    usual = max(lengths, key=lengths.count)
-    return {
-        task: found
-        for task in REAL
-        if (
-            found := [
-                one
-                for one, steps in zip(own, lengths, strict=True)
-                if one.config["task"] == task and steps == usual
-            ]
-        )
-    }
 
 
 if __name__ == "__main__":

@@ -490,7 +490,10 @@ def test_the_command_prints_every_column_and_writes_every_file(
     out = capsys.readouterr().out
     assert all(column in out for column in COLUMNS)
     assert all(name in out for name in (*METHODS, *RULES))
-    assert "No rule is shown to help on this data." in out
+    assert (
+        "No rule is shown to help on this data.\nOn more data, and longer: DWL" in out
+    )
+    assert "python -m benchmarks.uda.verdict" in out
     written = {path.name for path in (tmp_path / "new").iterdir()}
     assert written == {
         "results.jsonl",

@@ -18,7 +18,7 @@ from benchmarks.uda.data import SHA256, Task
 from benchmarks.uda.methods.rules import ALL_RULES
 from benchmarks.uda.methods.steps import ALL_METHODS, REVISIONS, Config
 from benchmarks.uda.runs.configs import make_configs
-from benchmarks.uda.runs.records import Result, Run, key_of, summarize
+from benchmarks.uda.runs.records import KEPT, Result, Run, key_of, summarize
 from benchmarks.uda.runs.train import run
 from benchmarks.uda.table3 import BATCH, RATE, main, train
 from benchmarks.uda.views.paper_table import (
@@ -496,7 +496,7 @@ def test_the_paper_s_figures_stand_beside_ours() -> None:
 def test_the_committed_runs_can_be_read_and_shown(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    runs = read_runs(table3.STORE, Run)
+    runs = read_runs(KEPT, Run)
     assert runs
     for key, kept in runs.items():
         # What a line says is what its hash is of, and what the code would train today.
@@ -516,7 +516,7 @@ def test_the_committed_runs_can_be_read_and_shown(
 
 COMMANDS = re.findall(
     r"`python -m benchmarks\.uda\.table3 (--show[^`]*)`:\n\n```text\n(.*?)```",
-    table3.STORE.with_name("README.md").read_text(encoding="utf-8"),
+    KEPT.with_name("README.md").read_text(encoding="utf-8"),
     flags=re.DOTALL,
 )
 

@@ -19,20 +19,21 @@ from benchmarks.common.statistics import STUDENT
 from benchmarks.common.store import append_run, read_runs
 from benchmarks.uda import verdict
 from benchmarks.uda.methods.steps import Config
-from benchmarks.uda.runs.records import Run, key_of
-from benchmarks.uda.verdict import PICTURES, STORE, main, tasks_of
+from benchmarks.uda.runs.records import KEPT, Run, key_of
+from benchmarks.uda.verdict import PICTURES, main
 from benchmarks.uda.views.beside import (
     PAPER_OBTUSE,
     draw_angles,
     draw_errors,
     draw_table3,
 )
+from benchmarks.uda.views.compared import tasks_of
 from benchmarks.uda.views.forest import RANGE, draw_forest
 from benchmarks.uda.views.paper_table import PAPER
-from benchmarks.uda.views.verdict import format_verdict, larger_weights
+from benchmarks.uda.views.verdict import format_verdict, larger_weights, largest_gain
 
-README = STORE.with_name("README.md").read_text(encoding="utf-8")
-DRAWN = STORE.parents[2] / "docs" / "pictures"
+README = KEPT.with_name("README.md").read_text(encoding="utf-8")
+DRAWN = KEPT.parents[2] / "docs" / "pictures"
 ROW = re.compile(r"([+-][\d.]+)(?: \((\d+)\))?")
 
 
@@ -56,7 +57,7 @@ def raw(size: int) -> dict[tuple[str, str, str, float], dict[int, dict[str, floa
     """Read the committed runs by task, method, rule and weight, then seed, by hand."""
     found: dict[tuple[str, str, str, float], dict[int, dict[str, float]]]
     found = defaultdict(dict)
-    for line in STORE.read_text(encoding="utf-8").splitlines():
+    for line in KEPT.read_text(encoding="utf-8").splitlines():
         run = json.loads(line)
         one = run["config"]
         if one["size"] == size:
@@ -99,7 +100,7 @@ def drawn_rows(
 @pytest.mark.parametrize("size", [16, 28])
 def test_the_forest_has_every_difference_of_the_committed_runs(size: int) -> None:
     runs = raw(size)
-    tasks = tasks_of([*read_runs(STORE, Run).values()], size)
+    tasks = tasks_of([*read_runs(KEPT, Run).values()], size)
     wanted = {}
     for (task, method, rule, weight), own in runs.items():
         plain = runs[task, method, "sum", 1.0 if rule == "sum" else weight]
@@ -157,7 +158,7 @@ def test_what_is_filled_and_bold_is_free_of_zero() -> None:
 
 def test_the_paper_s_figures_and_ours_are_those_of_the_tables() -> None:
     runs = raw(16)
-    tasks = tasks_of([*read_runs(STORE, Run).values()], 16)
+    tasks = tasks_of([*read_runs(KEPT, Run).values()], 16)
     panels = draw_table3(tasks).axes
     for column, task in enumerate(tasks):
         hollow, filled = (
@@ -198,7 +199,7 @@ def test_the_paper_s_figures_and_ours_are_those_of_the_tables() -> None:
 
 def test_the_shares_of_obtuse_angles_are_the_runs_own() -> None:
     runs = raw(16)
-    tasks = tasks_of([*read_runs(STORE, Run).values()], 16)
+    tasks = tasks_of([*read_runs(KEPT, Run).values()], 16)
     for panel, task in zip(draw_angles(tasks).axes, tasks, strict=True):
         points = [
             xs(line)[0]
@@ -242,6 +243,26 @@ def test_a_difference_counts_from_ten_seeds_on() -> None:
     ]
     assert larger_weights({"usps-mnist": runs}) == (1, 1)
     assert larger_weights({"usps-mnist": runs[:20]}) == (0, 0)
+
+
+def test_the_largest_gain_is_named_with_its_interval_and_what_weights_do() -> None:
+    seeds = range(10)
+    sums = [run_of("sum", k, 50.0 + k) for k in seeds]
+    heavy = [run_of("sum", k, 53.0 + k, trade_off=4.0) for k in seeds]
+    rules = [run_of("gh", k, 52.0 + k + k % 2) for k in seeds]
+    worse = [run_of("ghpp", k, 51.0 + k) for k in seeds]
+    # Nine seeds do not count, nor does a rule beside a heavier loss.
+    few = [run_of("gh", k, 90.0 + k, method="MCD") for k in seeds[:9]]
+    few += [run_of("sum", k, 50.0 + k, method="MCD") for k in seeds[:9]]
+    both = [run_of("gh", k, 80.0, trade_off=4.0) for k in seeds]
+    runs = [*sums, *heavy, *rules, *worse, *few, *both]
+    # 2.5 +- 2.262 * 0.527 / sqrt(10)
+    assert largest_gain({"usps-mnist": runs}) == (
+        "DWL from usps to mnist gains 2.5 points with gh (2.1 to 2.9, 10 paired seeds); "
+        "the sum with a heavier alignment loss: +3.0 at 4 times the weight"
+    )
+    with pytest.raises(ValueError, match="no gain"):
+        largest_gain({"usps-mnist": sums})
 
 
 def test_runs_of_another_length_or_device_are_not_counted() -> None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -13,6 +14,9 @@ from benchmarks.uda.methods.gramians import Row, angles, obtuse_share
 from benchmarks.uda.methods.steps import Config
 
 CPU = torch.device("cpu")
+
+KEPT = Path(__file__).parents[1] / "table3.jsonl"
+"""The committed runs, of Table 3."""
 
 Balance: TypeAlias = tuple[int, float, float, float]
 """Steps done; linear MMD; max J(W) of the source, and of the target as predicted."""

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING
 
 from benchmarks.uda.methods.steps import ALL_METHODS, SOURCE_ONLY
 from benchmarks.uda.runs.records import Run
-from benchmarks.uda.views.compared import by_seed, compare
+from benchmarks.uda.views.compared import Tasks, by_seed, compare
 from benchmarks.uda.views.forest import RANGE
 from benchmarks.uda.views.paper_table import PAPER
 from benchmarks.uda.views.style import COLORS, LABELS, draw_curve, new_figure
-from benchmarks.uda.views.verdict import Tasks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

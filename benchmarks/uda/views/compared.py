@@ -1,13 +1,18 @@
 """What each rule has more than the sum, paired by seed: for tables and pictures alike."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from benchmarks.common.statistics import Difference, paired_difference
+from benchmarks.uda.data import REAL
 from benchmarks.uda.methods.rules import ALL_RULES
 from benchmarks.uda.methods.steps import ALL_METHODS, SOURCE_ONLY
 from benchmarks.uda.runs.records import Run
+
+Tasks: TypeAlias = Mapping[str, Sequence[Run]]
+"""Runs by the name of their task, like each other in size, steps and rate."""
 
 
 @dataclass(frozen=True)
@@ -79,4 +84,28 @@ def by_seed(
     wanted = {"method": method, "rule": rule, "trade_off": weight}
     return {
         run.config["seed"]: run for run in runs if wanted.items() <= run.config.items()
+    }
+
+
+def tasks_of(runs: Sequence[Run], size: int) -> Tasks:
+    """Sort runs on the CPU by their task, those of the most usual number of steps.
+
+    Raises:
+        ValueError: if there are none of this size.
+    """
+    own = [one for one in runs if one.config["size"] == size and one.device == "cpu"]
+    lengths = [int(str(one.config["steps"])) for one in own]
+    if not own:
+        raise ValueError(f"the store has no runs of size {size}")
+    usual = max(lengths, key=lengths.count)
+    return {
+        task: found
+        for task in REAL
+        if (
+            found := [
+                one
+                for one, steps in zip(own, lengths, strict=True)
+                if one.config["task"] == task and steps == usual
+            ]
+        )
     }

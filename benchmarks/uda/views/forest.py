@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 from benchmarks.uda.methods.rules import ALL_RULES, FLIPS
 from benchmarks.uda.methods.steps import ALL_METHODS
-from benchmarks.uda.views.compared import Compared, compare
+from benchmarks.uda.views.compared import Compared, Tasks, compare
 from benchmarks.uda.views.style import COLORS, new_figure
-from benchmarks.uda.views.verdict import ENOUGH, Tasks
+from benchmarks.uda.views.verdict import ENOUGH
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

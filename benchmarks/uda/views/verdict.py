@@ -1,17 +1,11 @@
 """What the kept runs say of each rule, in counts."""
 
-from collections.abc import Mapping, Sequence
 from statistics import median
-from typing import TypeAlias
 
 from benchmarks.common.table import lay_out
 from benchmarks.uda.methods.rules import FLIPS
 from benchmarks.uda.methods.steps import ALL_METHODS
-from benchmarks.uda.runs.records import Run
-from benchmarks.uda.views.compared import compare
-
-Tasks: TypeAlias = Mapping[str, Sequence[Run]]
-"""Runs by the name of their task, like each other in size, steps and rate."""
+from benchmarks.uda.views.compared import Tasks, compare
 
 ENOUGH = 10
 """Seeds of a difference that counts."""
@@ -69,3 +63,37 @@ def larger_weights(tasks: Tasks, compared: str = "accuracy") -> tuple[int, int]:
                 of += 1
                 more += max(weights) > max(rules)
     return more, of
+
+
+def largest_gain(tasks: Tasks) -> str:
+    """Name the method and task on which a rule gains most, and what larger weights do.
+
+    Of the differences that count, as in :func:`format_verdict`.
+
+    Raises:
+        ValueError: if no rule gains.
+    """
+    counted = [
+        (task, one, one.difference)
+        for task, runs in tasks.items()
+        for one in compare(runs)
+        if one.difference and one.pairs >= ENOUGH
+    ]
+    gains = [
+        each
+        for each in counted
+        if each[1].rule in ("gh", "ghpp") and each[1].weight == 1 and each[2].low > 0
+    ]
+    if not gains:
+        raise ValueError("the runs show no gain of a rule")
+    task, most, gain = max(gains, key=lambda each: each[2].mean)
+    weights = ", ".join(
+        f"{difference.mean:+.1f} at {one.weight:g} times the weight"
+        for name, one, difference in counted
+        if (name, one.method, one.rule) == (task, most.method, "sum")
+    )
+    return (
+        f"{most.method} from {task.replace('-', ' to ')} gains {gain.mean:.1f} points with "
+        f"{most.rule} ({gain.low:.1f} to {gain.high:.1f}, {most.pairs} paired seeds); "
+        f"the sum with a heavier alignment loss: {weights}"
+    )
