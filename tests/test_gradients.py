@@ -177,7 +177,7 @@ def test_the_gramian_keeps_its_accuracy_at_every_scale(scale: float, part: int) 
 @pytest.mark.parametrize("tasks", [2, 3, 8])
 @pytest.mark.parametrize("size", [2**14, 50_000, 200_000])
 @pytest.mark.parametrize("power", [1, 2])
-def test_many_small_float32_gradients_lose_no_digits(
+def test_small_float32_gradients_are_multiplied_in_float64(
     power: int, size: int, tasks: int
 ) -> None:
     drawn = [
@@ -186,14 +186,7 @@ def test_many_small_float32_gradients_lose_no_digits(
     ]
     rows = torch.stack(drawn).double()
     found = gramian([[*torch.split(task, 999)] for task in drawn])
-    assert error(found, rows @ rows.T) < 4e-8
-
-
-def test_few_small_gradients_are_multiplied_in_float64() -> None:
-    drawn = [draw_tensor((2**14 - 1,), torch.float32, seed) for seed in range(3)]
-    rows = torch.stack(drawn).double()
-    found = gramian([[*torch.split(task, 999)] for task in drawn])
-    assert error(found, rows @ rows.T) < 1e-15
+    assert error(found, rows @ rows.T) < 1e-13
 
 
 @pytest.mark.parametrize("tasks", [2, 3, 4, 6])

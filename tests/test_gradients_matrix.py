@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from ghopt.gradients.matrix import gramian_of, multiply_packs, packed, weighted_row
+from ghopt.gradients.matrix import gramian_of, multiply_small, weighted_row
 
 WIDTHS = [0, 1, 7, 2**14, 2**14 + 1, 40_000]
 DTYPES = [torch.float32, torch.float64]
@@ -105,7 +105,7 @@ def test_small_gradients_that_not_all_tasks_reach_count_as_zero_there(
         for task in tasks:
             rows[task, end : end + size] = drawn[task].double()
         end += size
-    found = multiply_packs(packed(parameters), 3, last=last)
+    found = multiply_small(parameters, 3, last=last)
     expected = rows @ rows.T
     if last:
         found, expected = found[:, -1], expected[:, -1]
@@ -115,5 +115,5 @@ def test_small_gradients_that_not_all_tasks_reach_count_as_zero_there(
 def test_small_gradients_of_two_dtypes_are_multiplied_apart() -> None:
     other = {task: torch.ones(2) for task in (0, 1)}
     pair = {task: torch.full((2,), 1 + 2**-40, dtype=torch.float64) for task in (0, 1)}
-    found = multiply_packs(packed([other, pair]), 2)
+    found = multiply_small([other, pair], 2, last=False)
     assert found[0, 1] == 2 + 2 * (1 + 2**-40) ** 2

@@ -5,7 +5,6 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable
 from functools import reduce
 from itertools import combinations_with_replacement
-from operator import lt, truediv
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,7 +24,7 @@ from ghopt.gradients.entries import (
     is_sparse,
     kernels,
 )
-from ghopt.gradients.matrix import multiply_packs, packed
+from ghopt.gradients.matrix import multiply_small
 from ghopt.gradients.narrow import quick_products
 
 if TYPE_CHECKING:
@@ -59,9 +58,9 @@ def multiply(
 ) -> Tensor:
     """Inner products of the gradients of K tasks.
 
-    The products are float64 and so is their sum, with one exception. On the CPU float32
-    gradients that are long, or many, are multiplied in float32, part by part, with an
-    error below 1e-7 of the product of the norms; where that could spoil the weights (overflow,
+    The products are float64 and so is their sum, with one exception. On the CPU long
+    float32 gradients are multiplied in float32, block by block, with an error below
+    1e-7 of the product of the norms; where that could spoil the weights (overflow,
     norms below 1e-10, gradients in conflict and nearly dependent) they are multiplied
     again in float64. Elsewhere to ask for such a case would make the device wait.
 
@@ -108,10 +107,10 @@ def _products_of(part: Prepared, tasks: int, known: Tensor | None) -> Tensor:
     """Take the inner products of all that this rank has."""
     last = known is not None
     products: list[Tensor] = [kernels().gramian(table) for table, _ in part.fused]
-    small, quick, short, plain = [], [], [], []
+    small, quick, short, packed = [], [], [], []
     for entries in part.rest:
         if part.is_plain and first_of(entries).numel() <= _SMALL:
-            plain.append(entries)
+            packed.append(entries)
             continue
         if not part.is_plain and is_sparse(entries):
             products.append(_multiply_sparse(entries, tasks, last=last))
@@ -129,18 +128,13 @@ def _products_of(part: Prepared, tasks: int, known: Tensor | None) -> Tensor:
             products.append(_multiply_large(flat, tasks, last=last))
     rows = [_packed(pack, tasks) for pack in _packs(small)]
     products += [_multiply_packed(pack, last=last) for pack in rows]
-    packs = packed(plain)
-    long = [] if last else [pack for pack in packs if pack.is_long]
-    if len(packs) > len(long):
-        others = [pack for pack in packs if last or not pack.is_long]
-        products.append(multiply_packs(others, tasks, last=last))
+    if packed:
+        products.append(multiply_small(packed, tasks, last=last))
     fast = [_multiply_as_they_are(flat, tasks, last=last) for flat in quick]
     fast += [quick_products(short, tasks, last=last)] if short else []
-    fast += [multiply_packs(long, tasks, short=True)] if long else []
     total = _sum([*products, *fast])
     if fast and _in_doubt(total, known):
         sure = [_multiply_large(flat, tasks, last=last) for flat in [*quick, *short]]
-        sure += [multiply_packs(long, tasks)] if long else []
         total = _sum([*products, *sure])
     return total
 
@@ -313,21 +307,12 @@ def _in_doubt(gramian: Tensor, known: Tensor | None) -> bool:
         gramian: of the products.
         known: that of all tasks but the last, if only products with the last were taken.
     """
-    # In plain numbers: for few tasks quicker than a single call of torch.
-    rows = gramian.tolist()
-    squares = [row[task] for task, row in enumerate(rows)]
     # Below 1e-20 squares of elements begin to underflow.
-    wanted = squares if known is None else squares[-1:]
-    if not all(1e-20 < square < math.inf for square in wanted):
+    squares = gramian.diagonal() if known is None else gramian.diagonal()[-1:]
+    if not all(1e-20 < square < math.inf for square in squares.tolist()):
         return True
-    if all(product >= 0 for row in rows for product in row):
+    if gramian.min() >= 0:
         return False
-    # An error reaches the weights magnified by 1 / the lowest eigenvalue of the cosines.
-    if known is None:
-        # It is at least what Gershgorin's circles leave: 1 - the other cosines of a row.
-        norms = [math.sqrt(square) for square in squares]
-        sums = [sum(map(truediv, map(abs, row), norms)) for row in rows]
-        if all(map(lt, sums, (1.9 * norm for norm in norms))):
-            return False
+    # An error reaches the weights magnified by 1 / the lowest eigenvalue.
     matrix = cosines(gramian if known is None else known)
     return not torch.linalg.eigvalsh(matrix.nan_to_num(0, 0, 0))[0] >= 0.1

@@ -532,9 +532,10 @@ def test_only_what_the_store_lacks_is_trained_and_all_of_it_is_in_the_table(
     def trained(*others: str) -> tuple[list[str], list[str]]:
         main([*asked, *others])
         lines = capsys.readouterr().out.splitlines()
-        rule = next(i for i, line in enumerate(lines) if line.startswith("---"))
+        start = next(i for i, line in enumerate(lines) if line.startswith("---")) + 1
+        rows = lines[start : lines.index("", start)]  # the second table is of angles
         begun = [line.split(":")[0] for line in lines if ", seed " in line]
-        return begun, [" ".join(line.split()[:2]) for line in lines[rule + 1 : -2]]
+        return begun, [" ".join(line.split()[:2]) for line in rows]
 
     first = ["source-only, sum, seed 0", "DANN, sum, seed 0", "DANN, gh, seed 0"]
     assert trained() == (first, ["source-only -", "DANN sum", "DANN gh"])
