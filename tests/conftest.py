@@ -34,6 +34,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_sessionfinish() -> None:
+    """Let it go at the end, or some of it complains that it is left."""
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="module", params=["on the CPU", "as on a device"])
 def place(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run a test as the CPU does, and without reading values, as a device has to."""
