@@ -109,6 +109,14 @@ def test_tasks_with_a_trunk_in_common_share_a_pass(tasks: int) -> None:
     check(partial(plain, tasks), shared=True)
 
 
+def test_five_tasks_share_a_pass_through_a_longer_trunk() -> None:
+    def case() -> tuple[nn.Module, Losses]:
+        model = nn.Sequential(network(), network())
+        return model, losses(model(inputs()), 5)
+
+    check(case, shared=True)
+
+
 def test_in_float32_the_result_differs_by_its_rounding() -> None:
     grads = []
     for passes in ("auto", "separate"):
