@@ -114,7 +114,7 @@ def test_losses_come_in_many_forms(form: Callable[[list[Tensor]], Any]) -> None:
     optimizer.backward(losses)
     actual, optimizer, losses = step_input()
     optimizer.backward(form(losses))
-    assert_close(grads(actual), grads(expected), rtol=1e-15, atol=0)
+    assert_close(grads(actual), grads(expected), rtol=1e-15, atol=1e-15)
 
 
 def test_last_tells_names_gramian_weights_and_cosines() -> None:
@@ -208,7 +208,7 @@ def test_without_conflict_the_gradient_is_that_of_the_sum() -> None:
     actual = grads(model)
     optimizer.zero_grad()
     (losses[0] + 0.5 * losses[0]).backward()  # type: ignore[no-untyped-call]  # torch's
-    assert_close(actual, grads(model), rtol=1e-12, atol=0)
+    assert_close(actual, grads(model), rtol=1e-12, atol=1e-15)
 
 
 def test_a_loss_without_grad_counts_as_a_zero_gradient() -> None:
