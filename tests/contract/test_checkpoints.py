@@ -416,9 +416,9 @@ class Fatal(io.FileIO):
         return super().write(data)
 
 
-def train_until_killed(path: Path, when: str) -> None:
+def train_until_killed(path: Path, when: str, threads: int) -> None:
     """Save every second step. Runs in a process of its own."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)  # of which the last bits depend
     torch.set_default_dtype(torch.float64)
     training = Training()
     while training.done < Training.STEPS:
@@ -435,7 +435,8 @@ def test_training_goes_on_bit_identically_after_its_process_is_killed(
     tmp_path: Path, when: str
 ) -> None:
     path = tmp_path / "checkpoint.pt"
-    call = f"train_until_killed(Path({str(path)!r}), {when!r})"
+    threads = torch.get_num_threads()
+    call = f"train_until_killed(Path({str(path)!r}), {when!r}, {threads})"
     child = subprocess.run(
         [sys.executable, "-c", f"from {__name__} import *; {call}"],
         cwd=Path(__file__).parents[2],
