@@ -26,7 +26,7 @@ from benchmarks.uda.methods.published import (
     STEPS,
 )
 from benchmarks.uda.methods.rules import RULES
-from benchmarks.uda.methods.steps import Config
+from benchmarks.uda.methods.steps import SOURCE_ONLY, Config
 from benchmarks.uda.runs.pool import finished, start_pool
 from benchmarks.uda.runs.published import PublishedRun, checkpoint_of, run
 from benchmarks.uda.runs.records import key_of
@@ -72,7 +72,8 @@ def make_configs(
 ) -> list[Config]:
     """List the runs: seed by seed, so that what is there is always paired.
 
-    A method whose sum is that of another has no run of it, and ``MCD`` no other rule.
+    A method whose sum is that of another has no run of it, and ``MCD`` and
+    ``source-only`` have no other rule.
     """
     return [
         Config(
@@ -93,7 +94,7 @@ def make_configs(
         for method in methods
         for rule in rules
         if (rule == "sum" and REFERENCES[method] == method)
-        or (rule != "sum" and method != MCD)
+        or (rule != "sum" and method not in (SOURCE_ONLY, MCD))
     ]
 
 

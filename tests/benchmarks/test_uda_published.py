@@ -35,6 +35,7 @@ from benchmarks.uda.methods.steps import Config
 from benchmarks.uda.published import STORE, main, make_configs
 from benchmarks.uda.runs import published as runs
 from benchmarks.uda.runs.published import PublishedRun, checkpoint_of, run
+from benchmarks.uda.runs.train import test_error as error_on
 from benchmarks.uda.views.published_table import format_table
 
 Train: TypeAlias = Callable[[Config, Task], object]
@@ -297,7 +298,7 @@ def test_usps_is_cut_anew_and_has_a_margin(
         start = {"usps": 0, "mnist": 100}[name]
         numbers = torch.arange(start, start + sum(counts))
         images = numbers[:, None, None, None].float().expand(-1, 1, size, size)
-        train, test = torch.split(images, counts), torch.split(numbers, counts)
+        train, test = torch.split(images, [*counts]), torch.split(numbers, [*counts])
         return Split(train[0], test[0]), Split(train[1], test[1]), ()
 
     monkeypatch.setattr(data, "read_domain", read)
@@ -355,7 +356,6 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(
     config = replace(config_of(method, rule), evaluations=4)
     whole = run(config, task, tmp_path / "whole")
     calls = iter(range(5))
-    error_on = runs.test_error
 
     def stop(networks: Voting, test: Split) -> float:
         if next(calls) == 4:  # in the third evaluation: two are in the checkpoint
@@ -399,7 +399,7 @@ def test_the_runs_are_those_that_differ() -> None:
     assert ("MCD", "gh") not in listed
     assert ("MCD-heads", "sum") not in listed
     assert ("DWL-unweighted", "sum") not in listed
-    assert len(listed) == 1 + 3 + 4 + 4 + 3
+    assert len(listed) == 1 + 1 + 3 + 4 + 4 + 3
     assert {one.steps for one in configs} == {2800}
     assert {one.inner_steps for one in configs if one.method == "MCD-joint"} == {4}
 

@@ -46,7 +46,7 @@ from benchmarks.uda.methods.features import linear_mmd, max_j
 from benchmarks.uda.methods.gramians import Row, to_rows
 from benchmarks.uda.methods.networks import CLASSES, Networks, in_channels_last
 from benchmarks.uda.methods.rules import find_rule
-from benchmarks.uda.methods.steps import Config, descend, generator_step
+from benchmarks.uda.methods.steps import SOURCE_ONLY, Config, descend, generator_step
 from benchmarks.uda.methods.updates import harmonized
 from ghopt import Recorder, measure
 
@@ -54,6 +54,7 @@ MCD, MCD_HEADS, MCD_JOINT = "MCD", "MCD-heads", "MCD-joint"
 DWL, DWL_UNWEIGHTED = "DWL", "DWL-unweighted"
 
 REFERENCES = {
+    SOURCE_ONLY: SOURCE_ONLY,
     MCD: MCD,
     MCD_HEADS: MCD,
     MCD_JOINT: MCD_JOINT,
@@ -62,8 +63,8 @@ REFERENCES = {
 }
 """The methods, and with which one's plain sum each is compared."""
 
-INNER_STEPS = {method: 4 if method.startswith(MCD) else 8 for method in REFERENCES}
-"""How often a step trains G on its pair."""
+INNER_STEPS = {method: 8 if method.startswith(DWL) else 4 for method in REFERENCES}
+"""How often a step trains G on its pair, if it has one."""
 
 EPOCH = 14
 STEPS, BATCH, RATE, BETA, DECAY = 200 * EPOCH, 128, 2e-4, 0.9, 5e-4
@@ -97,9 +98,9 @@ def build_published(method: str, seed: int) -> Voting:
     dropout draws later.
     """
     torch.manual_seed(seed)
-    if method.startswith(MCD):
-        return Voting(_generator(), _heads(2), nn.Identity(), voters=2)
-    return Voting(_generator(), _heads(3), _discriminator(), voters=1)
+    if method.startswith(DWL):
+        return Voting(_generator(), _heads(3), _discriminator(), voters=1)
+    return Voting(_generator(), _heads(2), nn.Identity(), voters=2)
 
 
 def _generator() -> nn.Module:
@@ -198,6 +199,7 @@ class PublishedBalance:
 class Training:
     """A method in training, which can be stopped and gone on with.
 
+    * ``source-only``: MCD's networks on the source.
     * ``MCD``: three steps. A: G and the heads on the source. B: the heads on cross entropy
       minus discrepancy. C: G on the discrepancy, 4 times. The losses take turns on G, so
       that there is nothing to harmonize; ``sum`` is the only rule.
@@ -244,7 +246,7 @@ class Training:
             recorder=self._recorder,
         )
         self._train: Callable[[Batch], None] = (
-            self._mcd_step if config.method.startswith(MCD) else self._dwl_step
+            self._dwl_step if config.method.startswith(DWL) else self._mcd_step
         )
 
     def step(self, batch: Batch) -> None:
@@ -275,6 +277,8 @@ class Training:
         networks, times = self.networks, self._config.inner_steps
         source = networks.generator(batch.source)
         descend(classification_loss(networks, source, batch.labels), *self._adams)
+        if self._config.method == SOURCE_ONLY:
+            return
         if self._config.method == MCD_HEADS:
             self._weighed_heads_step(batch)
         else:
