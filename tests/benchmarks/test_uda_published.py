@@ -101,7 +101,7 @@ class Literal:
         }
 
     def features(self, images: Tensor) -> Tensor:
-        c1, b1, _, _, c2, b2, *_ = self.g.children()
+        _, c1, b1, _, _, c2, b2, *_ = self.g.children()
         x = F.max_pool2d(b1(c1(images)).relu(), 2)
         return F.max_pool2d(b2(c2(x)).relu(), 2).flatten(1)
 

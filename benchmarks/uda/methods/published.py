@@ -91,6 +91,17 @@ class Voting(Networks):
         return torch.stack(votes).sum(0)
 
 
+class ChannelsLast(nn.Module):
+    """Says of images ``[B, 1, h, w]`` that their one channel is last.
+
+    Else torch takes them for the usual layout, and G needs half as much time again.
+    """
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the same numbers in the same order, with other strides."""
+        return images.to(memory_format=torch.channels_last)
+
+
 def build_published(method: str, seed: int) -> Voting:
     """Build MCD's or DWL's networks for images ``[B, 1, 28, 28]``.
 
@@ -105,6 +116,7 @@ def build_published(method: str, seed: int) -> Voting:
 
 def _generator() -> nn.Module:
     generator = nn.Sequential(
+        ChannelsLast(),
         nn.Conv2d(1, 32, 5),
         nn.BatchNorm2d(32),
         nn.MaxPool2d(2),
@@ -359,8 +371,7 @@ def dwl_pair(networks: Networks, batch: Batch) -> Losses:
     """
     source = networks.generator(batch.source)
     target = _features_twice(networks.generator, batch.target)
-    d_source, d_target = _domains(networks, source, target)
-    alignment = -CONFUSION * F.binary_cross_entropy(d_source, d_target.detach())
+    alignment = -CONFUSION * _domain_loss(networks, source, target)
     return Losses(alignment, discrepancy(networks, target))
 
 
@@ -386,8 +397,7 @@ def _discriminator_loss(networks: Networks, batch: Batch) -> Tensor:
     with torch.no_grad():
         source = networks.generator(batch.source)
         target = networks.generator(batch.target)
-    d_source, d_target = _domains(networks, source, target)
-    return 0.1 * F.binary_cross_entropy(d_source, d_target.detach())
+    return 0.1 * _domain_loss(networks, source, target)
 
 
 def _heads_loss(networks: Networks, batch: Batch) -> Tensor:
@@ -400,13 +410,11 @@ def _heads_loss(networks: Networks, batch: Batch) -> Tensor:
     return classification - F.l1_loss(one, other)
 
 
-def _domains(
-    networks: Networks, source: Tensor, target: Tensor
-) -> tuple[Tensor, Tensor]:
-    """What D says of each domain's features, ``[B, 1]`` in [0, 1]."""
-    found: Tensor = networks.discriminator(torch.cat([source, target])).sigmoid()
-    first, second = torch.chunk(found, 2)
-    return first, second
+def _domain_loss(networks: Networks, source: Tensor, target: Tensor) -> Tensor:
+    """Cross entropy of what D says of the source, with what it says of the target."""
+    with torch.no_grad():
+        labels = networks.discriminator(target).sigmoid()
+    return F.binary_cross_entropy(networks.discriminator(source).sigmoid(), labels)
 
 
 def _features_twice(generator: nn.Module, images: Tensor) -> Tensor:
