@@ -412,6 +412,9 @@ def kept(rule: str, seed: int, accuracy: float, method: str = "DWL") -> Publishe
         torch="2",
         accuracy=accuracy,
         errors=[(1, 99 - accuracy), (2, 100 - accuracy)],
+        obtuse=50.0,
+        cosine=-0.1,
+        ratio=2.0,
         seconds=1,
     )
 
@@ -423,7 +426,9 @@ def test_a_method_with_the_authors_weights_is_compared_with_the_published_sum() 
     assert "+2.0 [+2.0, +2.0]" in rows[1]
     assert rows[1].split()[-1] == "98.5"
     assert "92.0 +- 1.0" in rows[0]  # the best step
-    assert len(max(rows, key=len)) <= 110
+    assert len(max(rows, key=len)) <= 100
+    angles = [line.split() for line in format_table(runs_).splitlines()[-2:]]
+    assert angles[1] == ["DWL-unweighted", "gh", "50", "-0.100", "2.000"]
 
 
 def test_the_command_trains_what_is_missing_and_forgets_its_checkpoints(

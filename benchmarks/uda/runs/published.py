@@ -29,11 +29,6 @@ class PublishedRun(Run):
 
     seconds: float
 
-    @property
-    def best(self) -> float:
-        """Accuracy where the target's test error is least: what the paper reports."""
-        return 100 - min(error for _, error in self.errors)
-
 
 def checkpoint_of(config: Config, folder: Path) -> Path:
     """Name the file of a run that is not finished."""
