@@ -11,7 +11,8 @@ grew from MCD's. Read, not copied. Each choice has its file there:
 * 128 images of each domain a step (``main.py``), which go through G one domain after the
   other, so that batch normalization sees one domain at a time (``solver.py``).
 * 200 epochs (``main.py``) of 14 steps: the loop ends at the first batch that is not whole, the
-  fifteenth of USPS's 1800 images (``solver.py``). So 2800 steps, where MCD's paper says 20 000.
+  fifteenth of USPS's 1800 images (``solver.py``). So 2800 steps, and the limit of 20 000 that
+  there is, too (``main.py``), is never reached.
 * G's step is taken 4 times in MCD, 8 times in DWL (``num_k``, ``num_k3``).
 * MCD predicts by the sum of its heads' logits; DWL by C alone, its first head. (Its code
   prints the best of five combinations, by the target's test labels.)
