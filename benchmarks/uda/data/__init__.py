@@ -140,8 +140,8 @@ def load_task(
     if directory is None:
         raise ValueError(f"Invalid directory value: None ({name} needs --data DIR)")
     source_name, target_name = name.split("-")
-    source, validation, others = _read_domain(source_name, directory, size, exact)
-    target, test, more = _read_domain(target_name, directory, size, exact)
+    source, validation, others = read_domain(source_name, directory, size, exact)
+    target, test, more = read_domain(target_name, directory, size, exact)
     return Task(name, source, target.images, test, validation, others + more)
 
 
@@ -186,10 +186,20 @@ def _digits(size: int) -> tuple[Split, Split]:
     )
 
 
-def _read_domain(
+def read_domain(
     name: str, directory: Path, size: int, exact: bool
 ) -> tuple[Split, Split, tuple[str, ...]]:
-    """Training and test split of a domain that is in files, hashes of foreign files."""
+    """Read a domain's training and test split from its files, and hashes of foreign ones.
+
+    Args:
+        name: ``mnist``, ``usps`` or ``svhn``.
+        directory: of the files.
+        size: height and width of the images.
+        exact: whether a file with other contents than ours is an error.
+
+    Raises:
+        ValueError, FileNotFoundError, ImportError: as :func:`load_task` does.
+    """
     if name == "svhn":
         first, second = (directory / file for file in MD5)
         train, others = _read_mat(first, size, exact)

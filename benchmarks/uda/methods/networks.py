@@ -74,12 +74,20 @@ def build_networks(method: str, seed: int, size: int = SIZE) -> Networks:
     torch.manual_seed(seed)
     generator, features = _transformer(size) if method == "SSRT" else _LENETS[size]()
     networks = assemble(method, generator, features, CLASSES)
-    for parameter in generator.parameters():
+    in_channels_last(generator)
+    return networks
+
+
+def in_channels_last(module: nn.Module) -> nn.Module:
+    """Lay out convolutions with their channels last, in place; return the module.
+
+    Same arithmetic, half the time of these on a CPU.
+    """
+    for parameter in module.parameters():
         if parameter.dim() == 4:
-            # Same arithmetic, half the time of these convolutions on a CPU.
             weight = parameter.data.contiguous(memory_format=torch.channels_last)
             parameter.data = weight
-    return networks
+    return module
 
 
 def assemble(

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD
+from torch.optim import SGD, Optimizer
 
 from benchmarks.common.digits import SIZE
 from benchmarks.uda.data import Batch
@@ -159,13 +159,13 @@ def _source_step(
     descend(classification_loss(networks, source, batch.labels), *sgds)
 
 
-def descend(loss: Tensor, *sgds: SGD) -> None:
+def descend(loss: Tensor, *optimizers: Optimizer) -> None:
     """Lower one loss: the steps that are never harmonized."""
-    for sgd in sgds:
-        sgd.zero_grad()
+    for optimizer in optimizers:
+        optimizer.zero_grad()
     torch.autograd.backward(loss)
-    for sgd in sgds:
-        sgd.step()
+    for optimizer in optimizers:
+        optimizer.step()
 
 
 def generator_step(

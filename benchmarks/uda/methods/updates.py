@@ -6,7 +6,7 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD
+from torch.optim import SGD, Optimizer
 
 from benchmarks.uda.methods import Losses
 from benchmarks.uda.methods.gramians import Row, to_row
@@ -21,7 +21,7 @@ MakeUpdate: TypeAlias = Callable[[SGD, Iterable[nn.Parameter]], Update]
 
 
 def harmonized(
-    sgd: SGD,
+    base: Optimizer,
     shared: Iterable[nn.Parameter],
     *,
     rule: str,
@@ -30,7 +30,7 @@ def harmonized(
     """Make the update with ``HarmonizedOptimizer``; the recorder, if any, records it."""
     chosen = find_rule(rule)
     optimizer = HarmonizedOptimizer(
-        sgd,
+        base,
         chosen.weighting,
         shared_params=list(shared),
         project_step=chosen.projects,

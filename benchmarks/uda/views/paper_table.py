@@ -87,10 +87,10 @@ def format_layout(tasks: Mapping[str, Sequence[Run]]) -> str:
                 cells = [
                     cell
                     for own, theirs in zip(values, paper, strict=True)
-                    for cell in (_count(own), _figure(theirs))
+                    for cell in (count(own), figure(theirs))
                 ]
                 name = "-" if method == SOURCE_ONLY else rule
-                last = [_figure(_mean_of_all(one)) for one in (means, paper)]
+                last = [figure(_mean_of_all(one)) for one in (means, paper)]
                 rows.append((method, name, *cells, *last))
     return lay_out(rows, names=2)
 
@@ -100,7 +100,8 @@ def _mean_of_all(values: Sequence[float | None]) -> float | None:
     return mean(known) if len(known) == len(values) else None
 
 
-def _figure(value: float | None) -> str:
+def figure(value: float | None) -> str:
+    """Write a figure of the paper, or that there is none."""
     return "-" if value is None else f"{value:.1f}"
 
 
@@ -119,10 +120,10 @@ def _row(one: Compared) -> tuple[str, ...]:
     return (
         one.method,
         one.name,
-        _count([run.accuracy for run in one.runs]),
-        _spread(run.selected for run in one.runs),
-        _difference(one.difference),
-        _figure(paper),
+        count([run.accuracy for run in one.runs]),
+        spread(run.selected for run in one.runs),
+        difference(one.difference),
+        figure(paper),
     )
 
 
@@ -130,25 +131,28 @@ def _angles(one: Compared) -> tuple[str, ...]:
     return (
         one.method,
         one.name,
-        _median(one.runs, lambda run: run.obtuse, ".0f"),
-        _median(one.runs, lambda run: run.cosine, "+.3f"),
-        _median(one.runs, lambda run: run.ratio, ".3f"),
-        _median(one.runs, lambda run: run.null, ".0f"),
+        median_of(one.runs, lambda run: run.obtuse, ".0f"),
+        median_of(one.runs, lambda run: run.cosine, "+.3f"),
+        median_of(one.runs, lambda run: run.ratio, ".3f"),
+        median_of(one.runs, lambda run: run.null, ".0f"),
     )
 
 
-def _count(values: Sequence[float]) -> str:
-    return f"{_spread(values)} ({len(values)})" if values else "-"
+def count(values: Sequence[float]) -> str:
+    """Write mean +- standard deviation (number)."""
+    return f"{spread(values)} ({len(values)})" if values else "-"
 
 
-def _spread(values: Iterable[float]) -> str:
+def spread(values: Iterable[float]) -> str:
+    """Write mean +- standard deviation of the values that are not NaN."""
     found = [value for value in values if not math.isnan(value)]
     if not found:  # no validation
         return "-"
     return f"{mean(found):.1f}" + (f" +- {stdev(found):.1f}" if len(found) > 1 else "")
 
 
-def _difference(found: Difference | None) -> str:
+def difference(found: Difference | None) -> str:
+    """Write a paired difference [95 % interval], from three pairs on."""
     if found is None:
         return "-"
     if not math.isfinite(found.margin):
@@ -156,9 +160,10 @@ def _difference(found: Difference | None) -> str:
     return f"{found.mean:+.1f} [{found.low:+.1f}, {found.high:+.1f}]"
 
 
-def _median(
-    runs: Sequence[Run], value: Callable[[Run], float | None], form: str
+def median_of(
+    runs: Iterable[Run], value: Callable[[Run], float | None], form: str
 ) -> str:
+    """Write the median of what the runs that have it have."""
     found = [one for one in map(value, runs) if one is not None]
     if any(map(math.isnan, found)):  # which have no order
         return format(math.nan, form)

@@ -1,0 +1,155 @@
+"""MCD and DWL as their authors publish them, and harmonized; goes on where it stopped.
+
+``python -m benchmarks.uda.published --data DIR`` trains what the file of results lacks, and
+prints the table of what it has. Each finished run is one line there, with its settings and
+a hash of them; of one that was stopped there is a checkpoint in ``--scratch``.
+"""
+
+import argparse
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from benchmarks.common.extra import need
+from benchmarks.common.options import positive
+from benchmarks.common.store import append_run, read_runs
+from benchmarks.uda.data import LARGE, Task
+from benchmarks.uda.data.published import TASKS, load_published
+from benchmarks.uda.methods.published import (
+    BATCH,
+    BETA,
+    DECAY,
+    INNER_STEPS,
+    MCD,
+    RATE,
+    REFERENCES,
+    STEPS,
+)
+from benchmarks.uda.methods.rules import RULES
+from benchmarks.uda.methods.steps import SOURCE_ONLY, Config
+from benchmarks.uda.runs.pool import finished, start_pool
+from benchmarks.uda.runs.published import PublishedRun, checkpoint_of, run
+from benchmarks.uda.runs.records import key_of
+from benchmarks.uda.views.published_table import NOTES, format_table
+
+STORE = Path(__file__).with_name("published.jsonl")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    for name in options.tasks:
+        configs = make_configs(
+            name, options.methods, options.rules, options.seeds, options.steps
+        )
+        try:
+            known = read_runs(options.store, PublishedRun)
+            missing = [one for one in configs if key_of(one) not in known]
+            task = None
+            if missing and not options.show:
+                if options.data is None:
+                    raise ValueError("Invalid data value: None (--data DIR is needed)")
+                need("bench", "numpy", "tqdm")
+                options.store.parent.mkdir(parents=True, exist_ok=True)
+                task = load_published(name, options.data)
+        except (ImportError, OSError, ValueError) as error:
+            parser.error(str(error))
+        if task:
+            train(task, missing, options.store, options.workers, options.scratch)
+        known = read_runs(options.store, PublishedRun)
+        shown = [known[key] for one in configs if (key := key_of(one)) in known]
+        print(f"\n{name}, 28x28, {options.steps} steps\n\n{format_table(shown)}")
+    print(f"\n{NOTES}")
+
+
+def make_configs(
+    task: str,
+    methods: Sequence[str],
+    rules: Sequence[str],
+    seeds: int,
+    steps: int = STEPS,
+) -> list[Config]:
+    """List the runs: seed by seed, so that what is there is always paired.
+
+    A method whose sum is that of another has no run of it, and ``MCD`` and
+    ``source-only`` have no other rule.
+    """
+    return [
+        Config(
+            task=task,
+            method=method,
+            rule=rule,
+            seed=seed,
+            steps=steps,
+            batch_size=BATCH,
+            lr=RATE,
+            momentum=BETA,
+            weight_decay=DECAY,
+            inner_steps=INNER_STEPS[method],
+            evaluations=20,
+            size=LARGE,
+        )
+        for seed in range(seeds)
+        for method in methods
+        for rule in rules
+        if (rule == "sum" and REFERENCES[method] == method)
+        or (rule != "sum" and method not in (SOURCE_ONLY, MCD))
+    ]
+
+
+def train(
+    task: Task, configs: Sequence[Config], store: Path, workers: int, scratch: Path
+) -> None:
+    """Train in worker processes; append each run to the store when it is finished."""
+    # The nearest to its end first: no checkpoint is left lying.
+    begun = sorted(configs, key=lambda one: not checkpoint_of(one, scratch).exists())
+    with start_pool(task, workers) as pool:
+        for result in finished(pool, begun, partial(run, folder=scratch)):
+            append_run(store, result)
+            (scratch / f"{result.key}.pt").unlink(missing_ok=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.uda.published", description=__doc__
+    )
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR", help="folder of mnist.npz and usps.npz"
+    )
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument(
+        "--methods", nargs="+", choices=list(REFERENCES), default=list(REFERENCES)
+    )
+    parser.add_argument("--rules", nargs="+", choices=list(RULES), default=list(RULES))
+    parser.add_argument(
+        "--seeds", type=positive, default=5, metavar="N", help="(default: 5)"
+    )
+    parser.add_argument(
+        "--steps", type=positive, default=STEPS, metavar="N", help=f"(default: {STEPS})"
+    )
+    parser.add_argument(
+        "--workers", type=positive, default=2, metavar="N", help="(default: 2)"
+    )
+    parser.add_argument(
+        "--store",
+        type=Path,
+        default=STORE,
+        metavar="FILE",
+        help="where the runs are kept (default: the committed ones)",
+    )
+    parser.add_argument(
+        "--scratch",
+        type=Path,
+        default=Path("uda-results"),
+        metavar="DIR",
+        help="folder for checkpoints (default: uda-results)",
+    )
+    parser.add_argument(
+        "--show", action="store_true", help="print what is there, train nothing"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    main()
