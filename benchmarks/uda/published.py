@@ -28,8 +28,12 @@ from benchmarks.uda.methods.published import (
 from benchmarks.uda.methods.rules import RULES
 from benchmarks.uda.methods.steps import SOURCE_ONLY, Config
 from benchmarks.uda.runs.pool import finished, start_pool
-from benchmarks.uda.runs.published import PublishedRun, checkpoint_of, run
-from benchmarks.uda.runs.records import key_of
+from benchmarks.uda.runs.published import (
+    PublishedRun,
+    checkpoint_of,
+    key_of_published,
+    run,
+)
 from benchmarks.uda.views.published_table import NOTES, format_table
 
 STORE = Path(__file__).with_name("published.jsonl")
@@ -45,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         try:
             known = read_runs(options.store, PublishedRun)
-            missing = [one for one in configs if key_of(one) not in known]
+            missing = [one for one in configs if key_of_published(one) not in known]
             task = None
             if missing and not options.show:
                 if options.data is None:
@@ -58,7 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if task:
             train(task, missing, options.store, options.workers, options.scratch)
         known = read_runs(options.store, PublishedRun)
-        shown = [known[key] for one in configs if (key := key_of(one)) in known]
+        shown = [
+            known[key] for one in configs if (key := key_of_published(one)) in known
+        ]
         print(f"\n{name}, 28x28, {options.steps} steps\n\n{format_table(shown)}")
     print(f"\n{NOTES}")
 

@@ -34,7 +34,12 @@ from benchmarks.uda.methods.rules import RULES
 from benchmarks.uda.methods.steps import Config
 from benchmarks.uda.published import STORE, main, make_configs
 from benchmarks.uda.runs import published as runs
-from benchmarks.uda.runs.published import PublishedRun, checkpoint_of, run
+from benchmarks.uda.runs.published import (
+    PublishedRun,
+    checkpoint_of,
+    key_of_published,
+    run,
+)
 from benchmarks.uda.runs.train import test_error as error_on
 from benchmarks.uda.views.published_table import format_table
 
@@ -478,3 +483,12 @@ def test_a_stored_run_is_read_as_it_was(tmp_path: Path) -> None:
     append_run(tmp_path / "s", kept("gh", 0, 90.0))
     (found,) = read_runs(tmp_path / "s", PublishedRun).values()
     assert (found.best, found.accuracy) == (91.0, 90.0)
+
+
+def test_runs_on_images_cut_otherwise_are_other_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = Config("usps-mnist", "MCD", "sum", 0, 3)
+    before = key_of_published(config)
+    monkeypatch.setitem(data.MARGINS, "usps", 2)
+    assert key_of_published(config) != before

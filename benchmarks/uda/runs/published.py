@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.uda.data import Task, batches
-from benchmarks.uda.data.published import draw
+from benchmarks.uda.data.published import MARGINS, draw
 from benchmarks.uda.methods.gramians import angles
 from benchmarks.uda.methods.published import Training
 from benchmarks.uda.methods.steps import Config
@@ -30,9 +30,15 @@ class PublishedRun(Run):
     seconds: float
 
 
+def key_of_published(config: Config) -> str:
+    """Hash what a run is of: the configuration, the data and how these are cut."""
+    margins = [f"{name} {margin}" for name, margin in sorted(MARGINS.items())]
+    return key_of(config, foreign=margins)
+
+
 def checkpoint_of(config: Config, folder: Path) -> Path:
     """Name the file of a run that is not finished."""
-    return folder / f"{key_of(config)}.pt"
+    return folder / f"{key_of_published(config)}.pt"
 
 
 def run(config: Config, task: Task, folder: Path) -> PublishedRun:
@@ -83,7 +89,7 @@ def _summarize(
     chosen = min(((error, -done) for done, error in validation), default=None)
     selected = {} if chosen is None else {"selected": accuracies[-chosen[1]]}
     return PublishedRun(
-        key=key_of(config),
+        key=key_of_published(config),
         config=config.settings(),
         torch=torch.__version__,
         accuracy=accuracies[config.steps],
