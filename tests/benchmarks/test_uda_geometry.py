@@ -16,8 +16,12 @@ from benchmarks.uda.geometry import (
     angle_between,
     draw_arrows,
     draw_curves,
+    draw_idea,
     gradients,
+    losses_at,
     main,
+    slopes_at,
+    walk,
 )
 
 DRAWN = Path(__file__).parents[2] / "docs" / "pictures"
@@ -74,12 +78,47 @@ def test_an_angle_is_that_of_the_plane() -> None:
         assert angle_between(gradients(degrees)) == pytest.approx(degrees)
 
 
+def test_slopes_are_those_of_the_losses() -> None:
+    for place in torch.tensor([[-1.6, 2.2], [0.3, -0.7], [3.0, 1.2]]).double():
+        wanted = torch.func.jacrev(losses_at)(place)
+        torch.testing.assert_close(slopes_at(place), wanted)
+
+
+def test_paths_do_what_the_pages_say_of_them() -> None:
+    ends = {}
+    for rule in ("sum", "gh", "ghpp"):
+        losses = losses_at(walk(rule))
+        ends[rule] = losses[-1]
+        rise = losses[-1] - losses.amin(0)
+        assert rise[1] < 1e-3
+        # GH raises neither loss; the others trade loss 1 for loss 2 at the end.
+        assert (rise[0] > 0.3) == (rule != "gh")
+        assert (rise[0] < 1e-3) == (rule == "gh")
+    assert ends["gh"][0] < ends["sum"][0] / 3
+    assert ends["gh"][1] > ends["sum"][1] * 3
+    assert ends["gh"].sum() > ends["sum"].sum()
+    torch.testing.assert_close(ends["ghpp"], ends["sum"], atol=0.02, rtol=0.0)
+    # Where GH ends, no direction serves both.
+    last = slopes_at(walk("gh")[-1])
+    assert angle_between(last) > 179
+
+
+def test_the_picture_shows_the_updates_and_the_paths() -> None:
+    arrows, plane = draw_idea().axes
+    drawn = [one.xy for one in arrows.texts if isinstance(one, Annotation)]
+    rows = gradients(ANGLE, LENGTHS)
+    assert np.allclose(drawn[:2], rows.tolist(), atol=1e-6)
+    assert np.allclose(drawn[2], rows.sum(0).tolist(), atol=1e-6)
+    for line, rule in zip(plane.lines[:6:2], ("sum", "gh", "ghpp"), strict=True):
+        assert np.allclose(np.stack(line.get_data(), -1), walk(rule))
+
+
 def test_the_command_draws_the_pictures_of_the_page(tmp_path: Path) -> None:
     main([str(tmp_path / "new")])
-    for name in ("paper-rules.svg", "paper-angles.svg"):
+    for name in ("idea.svg", "paper-rules.svg", "paper-angles.svg"):
         words = [
             re.findall(r"<text [^>]*>([^<]+)</text>", path.read_text(encoding="utf-8"))
             for path in (tmp_path / "new" / name, DRAWN / name)
         ]
         assert words[0] == words[1]
-        assert len(words[0]) > 10
+        assert len(words[0]) > 8
