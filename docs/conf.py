@@ -1,4 +1,4 @@
-"""How Sphinx makes the reference and a page of each recipe: `sphinx-build -W docs OUT`."""
+"""How Sphinx makes the pages, one of each recipe among them: `sphinx-build -W docs OUT`."""
 
 import ast
 from pathlib import Path
@@ -10,8 +10,21 @@ from sphinx.writers.html5 import HTML5Translator
 
 project = "ghopt"
 copyright = "the ghopt authors"
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+]
+# Formulas between dollars, and links to headings.
+myst_enable_extensions = ["deflist", "dollarmath"]
+myst_heading_anchors = 3
 html_theme = "furo"
+html_title = "ghopt"
+# Wide tables scroll by themselves, not the page.
+html_static_path = ["static"]
+html_css_files = ["pages.css"]
 html_show_sphinx = False
 # Signatures are for reading: types as written, not as resolved, and no module names.
 autodoc_typehints = "signature"

@@ -212,7 +212,7 @@ def test_a_command_says_at_once_which_extra_it_lacks(
 def test_what_the_pages_say_to_run_runs() -> None:
     """A module without its last two lines does nothing, and says nothing."""
     pages = [HERE / "README.md", *HERE.glob("benchmarks/*/README.md")]
-    pages += HERE.glob("docs/*.rst")
+    pages += [*HERE.glob("docs/**/*.rst"), *HERE.glob("docs/**/*.md")]
     pages += [*HERE.glob("benchmarks/**/*.py"), *HERE.glob("examples/*.py")]
     texts = [page.read_text(encoding="utf-8") for page in pages]
     commands = {

@@ -1,52 +1,80 @@
-"""Every Python block of the README runs, in order, in one namespace, on two ranks.
+"""The README: its code runs and prints what it shows, and it stays short.
 
 It is also the page that a package index shows, where links to files lead nowhere.
 """
 
-import os
 import re
+from configparser import ConfigParser
 from pathlib import Path
 
+import pytest
+import torch
+
+import ghopt
 from ghopt import Recording
-from tests.ranks import run_on_ranks
+from tests.pages import ROOT, files_named, pictures_of, run_page
 
-README = Path(__file__).parents[1] / "README.md"
-
-
-def run_the_readme(directory: Path) -> int:
-    os.chdir(directory)
-    blocks = re.findall(
-        r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL
-    )
-    exec(compile("\n".join(blocks), str(README), "exec"), {})
-    return len(blocks)
+README = ROOT / "README.md"
+TEXT = README.read_text(encoding="utf-8")
 
 
-def test_the_readme_runs(tmp_path: Path) -> None:
-    counts = run_on_ranks(2, run_the_readme, tmp_path, timeout=None)
-    assert all(blocks > 4 for blocks in counts)
+def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with torch.random.fork_rng():
+        assert run_page(README, tmp_path) == 2
     recording = Recording.from_jsonl(tmp_path / "run.jsonl")
     assert recording.names == ("up", "down")
     assert recording.conflicts.any()
 
 
+def test_the_readme_is_read_to_its_end() -> None:
+    assert TEXT.count("\n") <= 160
+
+
+def test_the_first_lines_say_what_the_package_is() -> None:
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    (torch_bound,) = setup["options"]["install_requires"].split()
+    line = (
+        f"Version {ghopt.__version__} · Python {setup['options']['python_requires']} · "
+        f"{torch_bound} · {setup['metadata']['license_expression']}\n"
+    )
+    assert line in TEXT.replace(">= ", ">=").replace("torch >=", "torch>=")
+
+
+def test_the_costs_are_those_of_the_table() -> None:
+    table = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    row, _memory = re.findall(r"^\| \*\*`gh`\*\* \| (1\..*) \|$", table, re.MULTILINE)
+    resnet, transformer, mlp128, mlp32, tiny, pde = row.split(" | ")
+    words = " ".join(TEXT.split())
+    assert f"{resnet} times the passes on ResNet-18, {transformer} on a trans" in words
+    assert f"{mlp32} to {mlp128} on MLPs, but {tiny} on 50 thousand" in words
+    # And those are on the page of the benchmark.
+    page = (ROOT / "benchmarks" / "speed" / "README.md").read_text(encoding="utf-8")
+    (short,) = re.findall(r"^## In short$(.*?)^## ", page, re.DOTALL | re.MULTILINE)
+    for figure in (resnet, transformer, mlp128, mlp32, tiny, pde):
+        assert figure in short
+
+
 def test_links_work_wherever_the_readme_is_shown() -> None:
     # But for pictures, which a package index leaves out: their words say what they show.
-    links = re.findall(
-        r"(?<!!)\[[^]]*\]\(([^)]*)\)", README.read_text(encoding="utf-8")
-    )
+    links = re.findall(r"(?<!!)\[[^]]*\]\(([^)]*)\)", TEXT)
     assert links
     for link in links:
         assert link.startswith("https://"), link
 
 
-def test_files_that_the_readme_names_are_there() -> None:
-    text = README.read_text(encoding="utf-8")
-    pages = re.findall(r"`(benchmarks/[\w/]+\.md|docs/\w+\.rst)`", text)
-    scripts = re.findall(r"`(?:examples/)?(\w+\.py)`", text)
-    assert len(pages) > 4
-    assert len(scripts) > 15
-    pictures = re.findall(r"!\[[^]]{20,}\]\(([^)]*)\)", text)
-    assert len(pictures) == text.count("![") > 0
-    for path in [*pages, *pictures, *(f"examples/{script}" for script in scripts)]:
-        assert (README.parent / path).is_file(), path
+def test_what_the_readme_names_is_there() -> None:
+    named = files_named(README)
+    assert len(named) > 25
+    pictures = pictures_of(README)
+    assert len(pictures) == 4
+    assert all(len(words) > 60 for words in pictures.values())
+    for place in {*named, *pictures}:
+        assert (ROOT / place).exists(), place
+
+
+def test_every_recipe_is_in_the_readme() -> None:
+    scripts = {path.name for path in (ROOT / "examples").glob("*.py")}
+    for script in scripts - {"__init__.py", "problem.py"}:
+        assert f"`{script}`" in TEXT

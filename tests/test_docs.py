@@ -1,0 +1,141 @@
+"""The pages of the documentation: their code runs and prints what they show.
+
+A block of text right after one of Python is what that prints. The page on troubleshooting
+has all messages that give a reason, and none that is not in the source.
+"""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.uda.__main__ import elsewhere
+from tests.pages import ROOT, files_named, name_of, pictures_of, run_page
+from tests.ranks import run_on_ranks
+
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+ON_RANKS = DOCS / "guides" / "processes.md"
+WITH_CODE = [path for path in PAGES if "```python" in path.read_text("utf-8")]
+
+
+# torch's advice on second derivatives, which the page follows.
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
+@pytest.mark.parametrize(
+    "path", [path for path in WITH_CODE if path != ON_RANKS], ids=name_of
+)
+def test_code_runs_and_prints_what_the_page_shows(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with torch.random.fork_rng():
+        run_page(path, tmp_path)
+
+
+def test_code_for_several_processes_runs_on_two(tmp_path: Path) -> None:
+    counts = run_on_ranks(2, run_page, ON_RANKS, tmp_path, timeout=None)
+    assert counts == [2, 2]
+
+
+def test_most_guides_have_code() -> None:
+    guides = [path for path in PAGES if path.parent.name == "guides"]
+    assert len({*guides} & {*WITH_CODE}) > len(guides) / 2
+
+
+# Words and pictures
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_what_a_page_shows_and_names_is_there(path: Path) -> None:
+    for place, words in pictures_of(path).items():
+        assert (path.parent / place).is_file()
+        assert len(words) > 60
+    for place in files_named(path):
+        assert (ROOT / place).exists(), place
+
+
+def test_every_recipe_is_named_in_the_guides() -> None:
+    text = "".join(path.read_text(encoding="utf-8") for path in PAGES)
+    scripts = [path.name for path in (ROOT / "examples").glob("*.py")]
+    for script in {*scripts} - {"__init__.py", "problem.py"}:
+        assert re.search(rf"`(?:examples/)?{script}`", text), script
+
+
+# Troubleshooting
+
+TROUBLE = DOCS / "troubleshooting.md"
+QUOTES = re.findall(r"^\*\*`(.*)`\*\*$", TROUBLE.read_text("utf-8"), re.MULTILINE)
+
+
+def text_of(node: ast.expr) -> str:
+    """Give the text of a string, with ``...`` for what is filled in."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        return "".join(map(text_of, node.values))
+    if isinstance(node, ast.BinOp):
+        return text_of(node.left) + text_of(node.right)
+    return "..."
+
+
+def raised(tree: ast.AST) -> Iterator[str]:
+    """Give the messages of a module's errors and warnings."""
+    for node in ast.walk(tree):
+        call = node.exc if isinstance(node, ast.Raise) else node
+        if isinstance(call, ast.Call) and call.args:
+            function = ast.unparse(call.func)
+            if isinstance(node, ast.Raise) or function == "warnings.warn":
+                yield text_of(call.args[0])
+
+
+TREES = [ast.parse(path.read_text("utf-8")) for path in ROOT.glob("ghopt/**/*.py")]
+STRINGS = [
+    text_of(node)
+    for tree in TREES
+    for node in ast.walk(tree)
+    if isinstance(node, ast.Constant | ast.JoinedStr | ast.BinOp)
+]
+REASONED = [
+    message
+    for tree in TREES
+    for message in raised(tree)
+    if re.search(r"[\w ][:;.?] \w", message.replace("...", ""))
+]
+
+
+def quotes(quote: str, message: str) -> bool:
+    """Tell whether a message is quoted: in order, with gaps where values go."""
+    parts = [re.escape(part) for part in quote.split("...")]
+    return re.search(".*".join(parts), message, re.DOTALL) is not None
+
+
+def test_each_message_on_the_page_is_in_the_source() -> None:
+    assert len(QUOTES) > 60
+    for quote in QUOTES:
+        assert any(quotes(quote, string) for string in STRINGS), quote
+
+
+def test_each_message_that_gives_a_reason_is_on_the_page() -> None:
+    assert len(REASONED) > 50
+    missing = [
+        message
+        for message in REASONED
+        if not any(quotes(quote, message) for quote in QUOTES)
+    ]
+    assert not missing
+
+
+def test_each_message_on_the_page_has_a_cure() -> None:
+    text = TROUBLE.read_text(encoding="utf-8")
+    assert len(re.findall(r"^\*\*`.*`\*\*\n: \S", text, re.MULTILINE)) == len(QUOTES)
+
+
+# Figures
+
+
+def test_what_the_main_job_says_of_longer_runs_is_on_the_page() -> None:
+    page = (DOCS / "benchmarks.md").read_text(encoding="utf-8")
+    assert f"\n{elsewhere()}\n```" in page
