@@ -5,14 +5,18 @@ has all messages that give a reason, and none that is not in the source.
 """
 
 import ast
+import math
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.uda.__main__ import elsewhere
+from ghopt import Weighting, gh, ghpp, ghpp_balanced, ghpp_printed, plain_sum
 from tests.pages import ROOT, files_named, name_of, pictures_of, run_page
 from tests.ranks import run_on_ranks
 
@@ -131,6 +135,41 @@ def test_each_message_that_gives_a_reason_is_on_the_page() -> None:
 def test_each_message_on_the_page_has_a_cure() -> None:
     text = TROUBLE.read_text(encoding="utf-8")
     assert len(re.findall(r"^\*\*`.*`\*\*\n: \S", text, re.MULTILINE)) == len(QUOTES)
+
+
+# Help
+
+
+@pytest.mark.parametrize("rule", [gh, ghpp, ghpp_balanced, ghpp_printed, plain_sum])
+def test_help_on_a_rule_begins_with_what_it_does(rule: Weighting) -> None:
+    first, _, rest = (rule.__doc__ or "").partition("\n")
+    assert first.split()[0] in ("Weigh", "Weights")
+    assert "see" not in first.split()
+    assert "Returns:" in rest or rule is plain_sum
+
+
+def test_formulas_of_help_are_those_of_the_rules() -> None:
+    g = torch.tensor([[1.0, 0.0], [-1.5, 1.0]], dtype=torch.float64)
+    names: dict[str, Any] = {name: getattr(math, name) for name in ("sin", "cos")}
+    n0, n1 = g.norm(dim=1).tolist()
+    product, lam = float(g[0] @ g[1]), 0.3
+    phi = math.acos(product / n0 / n1) - math.pi / 2
+    names |= {
+        "phi": phi,
+        "lam": lam,
+        "b0": lam * phi,
+        "b1": (1 - lam) * phi,
+        "r": n0 / n1,
+    }
+    names |= {"product": product, "n0": n0, "n1": n1}
+    turned, printed = partial(ghpp, lam=lam), partial(ghpp_printed, lam=lam)
+    for rule, found in ((gh, gh), (ghpp, turned), (ghpp_printed, printed)):
+        (line,) = re.findall(r"::\n\n +(.*  and  .*)\n", rule.__doc__ or "")
+        line = line.replace("g_0 . g_1", "product").replace("cos phi", "cos(phi)")
+        line = re.sub(r"\|g_(\d)\|", r"n\1", line)
+        line = re.sub(r"(sin|cos) (b\d)", r"\1(\2)", line)
+        weights = [eval(formula, names) for formula in line.split("  and  ")]
+        assert found(g @ g.T).tolist() == pytest.approx(weights)
 
 
 # Figures

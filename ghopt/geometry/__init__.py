@@ -73,7 +73,19 @@ def plain_sum(gramian: Tensor) -> Tensor:
 
 
 def gh(gramian: Tensor, protected: Sequence[int] | None = None) -> Tensor:
-    """Weights of GH (eq. 42), shape ``[K]``: see :func:`gh_coefficients`.
+    """Weigh the tasks so that the update opposes none of them (GH, eq. 42).
+
+    Each gradient ``g_k`` is replaced by the vector nearest to it that opposes no task, and
+    these are summed. Of two gradients in conflict, ``g_0 . g_1 < 0``, the weights are::
+
+        1 - g_0 . g_1 / |g_0|**2  and  1 - g_0 . g_1 / |g_1|**2
+
+    Without a conflict all weights are 1: the plain sum. With ``protected`` the update
+    opposes none of these tasks. Arguments, accuracy and errors are those of
+    :func:`gh_coefficients`, whose columns this sums.
+
+    Returns:
+        Weights, shape ``[K]``, all at least 1.
 
     >>> gh(torch.tensor([[1.0, -1.0], [-1.0, 4.0]]))
     tensor([2.0000, 1.2500])
@@ -157,7 +169,21 @@ def dual_cone(
 
 
 def ghpp(gramian: Tensor, lam: float = 0.5) -> Tensor:
-    """Weights of GH++, shape ``[K]``: see :func:`ghpp_coefficients`.
+    """Weigh two tasks so that their gradients turn until orthogonal (GH++, fig. 7b).
+
+    With two gradients at an angle ``theta > pi/2``, ``phi = theta - pi/2``,
+    ``b0 = lam * phi``, ``b1 = (1 - lam) * phi`` and the ratio of lengths
+    ``r = |g_0| / |g_1|`` the weights are::
+
+        (cos b1 + sin b1 / r) / cos phi  and  (cos b0 + sin b0 * r) / cos phi
+
+    Lengths are kept, and the turn is half of GH's. Not promised: that the *sum* opposes no
+    task. Without a conflict all weights are 1: the plain sum. More than two tasks,
+    arguments, accuracy and errors are those of :func:`ghpp_coefficients`, whose columns
+    this sums.
+
+    Returns:
+        Weights, shape ``[K]``.
 
     >>> ghpp(torch.tensor([[1.0, -1.0], [-1.0, 2.0]]))
     tensor([2.0719, 1.6892])
@@ -213,7 +239,15 @@ def ghpp_coefficients(gramian: Tensor, lam: float = 0.5) -> Tensor:
 
 
 def ghpp_balanced(gramian: Tensor) -> Tensor:
-    """Weights of GH++ with a balanced turn: see :func:`ghpp_balanced_coefficients`."""
+    """Weigh two tasks as GH++ does, the longer gradient turning more.
+
+    :func:`ghpp` with ``lam = 2/pi * atan2(|g_0|, |g_1|)``: the sum opposes neither task.
+    This project's choice, not the paper's. The sums of the columns of
+    :func:`ghpp_balanced_coefficients`.
+
+    Returns:
+        Weights, shape ``[K]``, of one or two tasks.
+    """
     return _ghpp_balanced(gramian).sum(0).to(gramian.dtype)
 
 
@@ -237,7 +271,18 @@ def ghpp_balanced_coefficients(gramian: Tensor) -> Tensor:
 
 
 def ghpp_printed(gramian: Tensor, lam: float = 0.5) -> Tensor:
-    """Weights of GH++ as printed: see :func:`ghpp_printed_coefficients`."""
+    """Weigh two tasks as the paper prints GH++ (eq. 43): the conflict stays.
+
+    With two gradients at an angle ``theta > pi/2`` and ``phi = theta - pi/2`` the weights
+    are::
+
+        1 + 2 * sin(lam * phi / 2)  and  1 - 2 * sin((1 - lam) * phi / 2)
+
+    To repeat published numbers. The diagonal of :func:`ghpp_printed_coefficients`.
+
+    Returns:
+        Weights, shape ``[K]``, of one or two tasks.
+    """
     return _ghpp_printed(gramian, lam).sum(0).to(gramian.dtype)
 
 
