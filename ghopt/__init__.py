@@ -24,7 +24,7 @@ from ghopt.recorder import Recorder, measure
 from ghopt.recording import Recording
 
 # A literal: setup.cfg reads it without importing torch.
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Before a model is compiled: this cannot wait for the first optimizer.
 keep_buffers()

@@ -52,6 +52,10 @@ from ghopt.wrapper import Wrapper
 class HarmonizedOptimizer(Wrapper):
     """Wrap an optimizer so that it steps on harmonized task gradients.
 
+    In place of the sum of the task gradients ``g_k`` it steps on ``sum_k w_k g_k``, with
+    ``w = weighting(G)`` and ``G[i, j] = g_i . g_j``. ``gh``, the default, gives the nearest
+    gradients that oppose no task; without a conflict all weights are 1.
+
     >>> model = torch.nn.Linear(2, 1)
     >>> optimizer = HarmonizedOptimizer(torch.optim.AdamW(model.parameters()))
     >>> out = model(torch.ones(4, 2))
@@ -71,9 +75,8 @@ class HarmonizedOptimizer(Wrapper):
             their weights, ``[K]``. ``ghopt.gh``, the default, never opposes a task.
         shared_params: those over which the Gramian is taken and which receive the
             weighted sum; the other parameters of the optimizer receive the plain sum.
-            By default all parameters of the optimizer are shared. They are remembered by
-            their places in the groups, so that a parameter put in the place of another is
-            found.
+            By default all parameters of the optimizer are shared. Positions in the groups
+            are stored, not tensors: a parameter put in the place of another is found.
         measure_every: measure the conflict in every so many steps, and in between run a
             single pass of the losses summed with the last weights: the paper's equivalent
             model (eq. 44 and 45). 1, the default, is exact. With more the weights are

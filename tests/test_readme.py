@@ -42,6 +42,16 @@ def test_the_first_lines_say_what_the_package_is() -> None:
     assert line in TEXT.replace(">= ", ">=").replace("torch >=", "torch>=")
 
 
+def test_every_file_names_the_same_version() -> None:
+    version = re.escape(ghopt.__version__)
+    for name, line in [
+        ("CITATION.cff", rf"version: {version}"),
+        ("CHANGELOG.md", rf"## {version} - \d{{4}}-\d\d-\d\d"),
+    ]:
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert re.search(rf"^{line}$", text, re.MULTILINE), name
+
+
 def test_the_costs_are_those_of_the_table() -> None:
     table = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
     row, _memory = re.findall(r"^\| \*\*`gh`\*\* \| (1\..*) \|$", table, re.MULTILINE)
