@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.uda import verdict
 from benchmarks.uda.__main__ import elsewhere
 from ghopt import Weighting, gh, ghpp, ghpp_balanced, ghpp_printed, plain_sum
 from tests.pages import ROOT, files_named, name_of, pictures_of, run_page
@@ -173,6 +174,42 @@ def test_formulas_of_help_are_those_of_the_rules() -> None:
 
 
 # Figures
+
+
+COUNTS = [
+    "none",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+]
+
+
+def test_counts_of_gains_and_losses_are_those_of_the_runs(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    verdict.main([])
+    said = capsys.readouterr().out
+    rows = re.findall(r"^(gh|ghpp) +10 +(\d+) +(\d+) ", said, re.MULTILINE)
+    found = {rule: [COUNTS[int(count)] for count in counts] for rule, *counts in rows}
+    (weight,) = re.findall(r"more than the better of gh and ghpp in (\d+) of 10", said)
+    gh_counts, ghpp_counts = found["gh"], found["ghpp"]
+    words = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert (
+        f"GH gained in {gh_counts[0]} of ten cases and lost in {gh_counts[1]}" in words
+    )
+    assert f"GH++ gained in {ghpp_counts[0]} and lost in {ghpp_counts[1]}," in words
+    assert f"gained more in {COUNTS[int(weight)]} of the ten" in words
+    words = " ".join((DOCS / "benchmarks.md").read_text(encoding="utf-8").split())
+    assert f"`gh` gains in {gh_counts[0]} and loses in {gh_counts[1]}" in words
+    assert f"`ghpp` gains in {ghpp_counts[0]} of ten" in words
+    assert f"gains more in {COUNTS[int(weight)]} of ten" in words
 
 
 def test_what_the_main_job_says_of_longer_runs_is_on_the_page() -> None:
