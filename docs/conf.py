@@ -11,6 +11,7 @@ from sphinx.writers.html5 import HTML5Translator
 project = "ghopt"
 copyright = "the ghopt authors"
 extensions = [
+    "matplotlib.sphinxext.plot_directive",
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
@@ -20,6 +21,10 @@ extensions = [
 # Formulas between dollars, and links to headings.
 myst_enable_extensions = ["deflist", "dollarmath"]
 myst_heading_anchors = 3
+# Pictures of the gallery: drawn by the code beside them.
+plot_formats = ["svg"]
+plot_html_show_formats = False
+plot_html_show_source_link = False
 html_theme = "furo"
 html_title = "ghopt"
 # Wide tables scroll by themselves, not the page.

@@ -18,6 +18,7 @@ import torch
 from benchmarks.uda import verdict
 from benchmarks.uda.__main__ import elsewhere
 from ghopt import Weighting, gh, ghpp, ghpp_balanced, ghpp_printed, plain_sum
+from ghopt.plots import PLOTS
 from tests.pages import ROOT, files_named, name_of, pictures_of, run_page
 from tests.ranks import run_on_ranks
 
@@ -67,6 +68,15 @@ def test_every_recipe_is_named_in_the_guides() -> None:
     scripts = [path.name for path in (ROOT / "examples").glob("*.py")]
     for script in {*scripts} - {"__init__.py", "problem.py"}:
         assert re.search(rf"`(?:examples/)?{script}`", text), script
+
+
+def test_the_gallery_shows_every_plot_in_a_file_of_its_own() -> None:
+    text = (DOCS / "gallery.md").read_text(encoding="utf-8")
+    drawn = re.findall(r"^   plots\.(\w+)\(recording, axes\)$", text, re.MULTILINE)
+    assert drawn == [plot.__name__ for plot in PLOTS.values()]
+    # Without a name, the last one would be shown in the place of all.
+    assert drawn == re.findall(r":filename-prefix: gallery-(\w+)\n", text)
+    assert len(re.findall(r":alt: .{60,}", text)) == len(drawn)
 
 
 # Troubleshooting
