@@ -1,7 +1,7 @@
 """Say what the kept runs of Table 3 tell of each rule, and draw it.
 
 ``python -m benchmarks.uda.verdict`` counts; ``--draw docs/pictures`` makes the pictures of
-this folder's page, too. Trains nothing.
+this folder's page and of the README, too. Trains nothing.
 """
 
 import argparse
@@ -16,11 +16,12 @@ from benchmarks.uda.data import LARGE
 from benchmarks.uda.runs.records import KEPT, Run
 from benchmarks.uda.views.beside import draw_angles, draw_errors, draw_table3
 from benchmarks.uda.views.compared import tasks_of
-from benchmarks.uda.views.forest import draw_forest
+from benchmarks.uda.views.forest import draw_forest, draw_in_short
 from benchmarks.uda.views.verdict import format_verdict
 
 PICTURES = {
     "uda-differences": (draw_forest, SIZE),
+    "uda-in-short": (draw_in_short, SIZE),
     "uda-differences-28": (draw_forest, LARGE),
     "uda-table3": (draw_table3, SIZE),
     "uda-angles": (draw_angles, SIZE),

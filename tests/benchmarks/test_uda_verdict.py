@@ -28,7 +28,7 @@ from benchmarks.uda.views.beside import (
     draw_table3,
 )
 from benchmarks.uda.views.compared import tasks_of
-from benchmarks.uda.views.forest import RANGE, draw_forest
+from benchmarks.uda.views.forest import RANGE, draw_forest, draw_in_short
 from benchmarks.uda.views.paper_table import PAPER
 from benchmarks.uda.views.verdict import format_verdict, larger_weights, largest_gain
 
@@ -130,6 +130,26 @@ def test_the_forest_has_every_difference_of_the_committed_runs(size: int) -> Non
         margin = STUDENT[len(pairs) - 2] * stdev(pairs) / math.sqrt(len(pairs))
         low, high = value - margin, value + margin
         assert interval == pytest.approx((max(low, RANGE[0]), min(high, RANGE[1])))
+
+
+def test_the_short_forest_is_part_of_the_whole() -> None:
+    tasks = tasks_of([*read_runs(KEPT, Run).values()], 16)
+    whole, short = draw_forest(tasks).axes, draw_in_short(tasks).axes
+    shown = {}
+    for panels in (whole, short):
+        for number, panel in enumerate(panels):
+            first = panels[number - number % len(tasks)]
+            title = panel.get_title(loc="left")
+            shown[panels is short, title] = [*drawn_rows(panel, first)]
+    titles = {title for is_short, title in shown if is_short}
+    # SSRT did not run ten times.
+    assert len(titles) == 10
+    assert not any("SSRT" in title for title in titles)
+    wanted = ("gh", "ghpp", "sum x 2", "sum x 4")
+    for title in titles:
+        rows = [row for row in shown[False, title] if row[0] in wanted]
+        assert shown[True, title] == rows
+        assert {"sum x 2", "sum x 4"} < {name for name, *_ in rows}
 
 
 def test_what_is_filled_and_bold_is_free_of_zero() -> None:
@@ -282,8 +302,10 @@ def test_the_page_has_the_counts_and_pictures_that_the_command_makes(
     assert f"```text\n{capsys.readouterr().out}```" in README
     main(["--draw", str(tmp_path)])
     assert {path.stem for path in tmp_path.iterdir()} == PICTURES.keys()
+    front = (DRAWN.parents[1] / "README.md").read_text(encoding="utf-8")
     for name in PICTURES:
-        assert f"](../../docs/pictures/{name}.svg)" in README, name
+        place = f"docs/pictures/{name}.svg)"
+        assert f"](../../{place}" in README or f"]({place}" in front, name
         # Text is text: what another version of matplotlib draws has the same words.
         words = [
             re.findall(r"<text [^>]*>([^<]+)</text>", path.read_text(encoding="utf-8"))
@@ -295,7 +317,7 @@ def test_the_page_has_the_counts_and_pictures_that_the_command_makes(
 
 def test_pictures_of_the_page_have_words_for_who_does_not_see_them() -> None:
     alternatives = re.findall(r"!\[([^]]*)\]\(", README)
-    assert len(alternatives) >= len(PICTURES)
+    assert len(alternatives) >= len(PICTURES) - 1  # one is of the front page
     assert all(len(words) > 60 for words in alternatives)
 
 

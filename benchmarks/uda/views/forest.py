@@ -1,7 +1,7 @@
 """A picture of all differences to the sum, with their intervals: a forest plot."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from benchmarks.uda.methods.rules import ALL_RULES, FLIPS
@@ -29,17 +29,26 @@ _LOOKS = {
 _ROW, _PANEL, _REST = 0.19, 0.42, 0.5  # inches
 
 
-def draw_forest(tasks: Tasks) -> "Figure":
+_IN_SHORT = ("gh", "ghpp", "sum x 2", "sum x 4")
+
+
+def draw_in_short(tasks: Tasks) -> "Figure":
+    """Draw the paper's rules and larger weights of the sum alone, where ten seeds ran."""
+    return draw_forest(tasks, _IN_SHORT)
+
+
+def draw_forest(tasks: Tasks, only: Collection[str] = ()) -> "Figure":
     """Draw a column for each task, a panel for each method, a line for each difference.
 
     But for those of changed signs, which are far outside. Filled is what an interval tells
-    from zero.
+    from zero. With ``only``, draw these lines, and of them those that enough seeds made.
     """
     found = {
         task: [
             one
             for one in compare(runs)
             if one.difference is not None and one.rule not in FLIPS
+            if not only or (one.name in only and one.pairs >= ENOUGH)
         ]
         for task, runs in tasks.items()
     }
