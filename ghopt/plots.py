@@ -89,6 +89,7 @@ def weights_over_time(recording: Recording, axes: "Axes") -> None:
     most = spread.argsort(descending=True)[:MOST_LINES].sort().values.tolist()
     for task in most:
         _line(axes, recording, recording.weights[:, task], recording.names[task])
+    axes.axhline(1, color="0.6", linestyle=":", label="plain sum")
     axes.set(xlabel="step", ylabel="weight (1: as in the sum)")
     _legend(axes)
 

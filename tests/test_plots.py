@@ -190,6 +190,7 @@ def test_the_weights_are_drawn_as_they_were() -> None:
     found = lines(drawn(weights_over_time, recording))
     for task, name in enumerate(recording.names):
         assert found[name][1] == pytest.approx(recording.weights[:, task].tolist())
+    assert set(found["plain sum"][1]) == {1}  # however far away the weights are
 
 
 def test_layers_show_the_share_of_steps_with_any_pair_in_conflict() -> None:
