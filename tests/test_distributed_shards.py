@@ -72,7 +72,7 @@ def sharded(
 
 
 def keep_gathered(model: FSDPModule, loss: Tensor, retain_graph: bool) -> None:
-    """Gather the parameters once for all passes, as the README has it."""
+    """Gather the parameters once for all passes, as the guide has it."""
     model.set_reshard_after_backward(not retain_graph)
     loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]  # torch's
 
