@@ -63,6 +63,26 @@ def test_what_a_page_shows_and_names_is_there(path: Path) -> None:
         assert (ROOT / place).exists(), place
 
 
+def anchors_of(path: Path) -> set[str]:
+    """Give the anchors of a page's headings, as sites that show Markdown make them."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text("utf-8"), re.MULTILINE)
+    bare = [re.sub(r"[^\w -]", "", heading.lower()) for heading in headings]
+    return {heading.replace(" ", "-") for heading in bare}
+
+
+@pytest.mark.parametrize(
+    "path", [*ROOT.glob("benchmarks/*/README.md"), *PAGES], ids=name_of
+)
+def test_links_lead_to_files_and_headings(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        place, _, heading = link.partition("#")
+        if not place.startswith("https://"):
+            target = (path.parent / place) if place else path
+            assert target.is_file(), link
+            assert not heading or heading in anchors_of(target), link
+
+
 def test_every_recipe_is_named_in_the_guides() -> None:
     text = "".join(path.read_text(encoding="utf-8") for path in PAGES)
     scripts = [path.name for path in (ROOT / "examples").glob("*.py")]
