@@ -19,7 +19,7 @@ from benchmarks.common.options import positive
 from benchmarks.speed.accuracy import direction_errors, gramian_errors, update_errors
 from benchmarks.speed.bandwidth import bandwidths
 from benchmarks.speed.measure import peak_copies, time_ratios
-from benchmarks.speed.methods import FLOOR, METHODS, TASKS, UPGRAD_NEEDS
+from benchmarks.speed.methods import AUTO, FLOOR, METHODS, SEPARATE, TASKS, UPGRAD_NEEDS
 from benchmarks.speed.problems import NETWORKS
 from benchmarks.speed.results import (
     TITLES,
@@ -81,6 +81,12 @@ def _tables(options: argparse.Namespace) -> Iterator[list[Figure]]:
         if "time" in wanted:
             yield _join(
                 time_ratios(methods, name, tasks, rounds, device) for name in networks
+            )
+        if "passes" in wanted and tasks > 1:
+            pair = [SEPARATE, AUTO]
+            yield _join(
+                time_ratios(pair, name, tasks, rounds, device, SEPARATE, "passes")
+                for name in networks
             )
         if "memory" in wanted:
             yield _join(peak_copies(methods, name, tasks, device) for name in networks)

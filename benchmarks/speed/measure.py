@@ -25,6 +25,8 @@ def time_ratios(
     tasks: int,
     rounds: int,
     device: torch.device,
+    floor: Method = FLOOR,
+    table: str = "time",
 ) -> list[Figure]:
     """Time whole steps of all methods, each over one of the floor right beside it.
 
@@ -32,7 +34,7 @@ def time_ratios(
     turns, in another order: A B with the floor, in the next round B A. The floor takes a
     turn against itself: its quartiles tell the noise. Steps too short for a clock are
     repeated within a turn, after one that is not timed; steps that differ in cost, in
-    turns of whole cycles.
+    turns of whole cycles. The floor is one of the methods.
     """
     timer = make_timer(device)
     steps: dict[str, Step] = {}
@@ -43,10 +45,10 @@ def time_ratios(
             errors[method.name] = error
         else:
             steps[method.name] = step
-    repeats = max(1, round(SHORTEST / timer(steps[FLOOR.name])))
+    repeats = max(1, round(SHORTEST / timer(steps[floor.name])))
     turns = {
         method.name: time_rounds(
-            repeat((steps[method.name], steps[FLOOR.name])),
+            repeat((steps[method.name], steps[floor.name])),
             partial(_timed, timer=timer, cycles=repeats, cycle=method.cycle),
             warm_ups=0,  # each by itself has had its own
         )
@@ -58,13 +60,13 @@ def time_ratios(
     for _ in range(rounds):
         gc.collect()
         for name in orders.sample(list(steps), len(steps)):
-            own, floor = next(turns[name])
-            ratios[name].append(own / floor)
+            own, beside = next(turns[name])
+            ratios[name].append(own / beside)
     found = []
     for method in methods:
         name, error = method.name, errors.get(method.name, "")
         middle, low, high = (None,) * 3 if error else spread(ratios[name])
-        found.append(Figure("time", tasks, name, network, middle, low, high, error))
+        found.append(Figure(table, tasks, name, network, middle, low, high, error))
     return found
 
 

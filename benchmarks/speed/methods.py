@@ -308,23 +308,26 @@ PLAIN = Method("plain", "the losses summed, one backward pass", _plain, _sum)
 FLOOR = Method(
     "floor", "K backward passes that add up in .grad, nothing on top", _floor, _sum
 )
+AUTO = Method(
+    "ghopt gh",
+    "exact projection, any K",
+    _ghopt,
+    gh,
+    is_gh=True,
+)
+SEPARATE = Method(
+    "ghopt gh, separate",
+    'the same with passes="separate": a pass for each task, and nothing else',
+    partial(_ghopt, passes="separate"),
+    gh,
+    is_gh=True,
+)
+
 METHODS = (
     PLAIN,
     FLOOR,
-    Method(
-        "ghopt gh",
-        "exact projection, any K",
-        _ghopt,
-        gh,
-        is_gh=True,
-    ),
-    Method(
-        "ghopt gh, separate",
-        'the same with passes="separate": a pass for each task, and nothing else',
-        partial(_ghopt, passes="separate"),
-        gh,
-        is_gh=True,
-    ),
+    AUTO,
+    SEPARATE,
     Method(
         "ghopt gh, every 4th",
         "the same with measure_every=4: the mean of a step that measures and of three "

@@ -11,6 +11,7 @@ T = TypeVar("T")
 
 TITLES = {
     "time": "step time over that of the floor: median (quartiles) of the rounds",
+    "passes": 'step time with passes="auto" over that with "separate": median (quartiles)',
     "memory": "peak memory over that of the plain step, in copies of the gradients",
     "accuracy": "error of the update, relative to the same sum taken in float64",
     "exactness": "distance of the unit updates of a method and of the paper's formula, "

@@ -304,6 +304,14 @@ def _twice(step: Step) -> None:
     step()
 
 
+def test_ratios_may_be_to_another_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    twice = Method("twice", "", lambda problem: partial(_twice, FLOOR.start(problem)))
+    monkeypatch.setattr(measure, "make_timer", lambda _: by_operations)
+    found = time_ratios([twice, FLOOR], "tiny", 2, 3, CPU, twice, "passes")
+    assert values(found) == pytest.approx({"twice": 1, "floor": 0.5})
+    assert {figure.table for figure in found} == {"passes"}
+
+
 @pytest.mark.parametrize("repeats", [1, 3])
 def test_steps_that_differ_in_cost_count_by_the_mean_of_a_whole_cycle(
     repeats: int, monkeypatch: pytest.MonkeyPatch
@@ -488,6 +496,22 @@ def test_chosen_methods_are_rows_beside_the_floor(
     asked = ["--tables", "time", "--tasks", "2", "--networks", "tiny"]
     command.main([*asked, "--methods", "ghopt gh", "ghopt gh, recorded"])
     assert rows == ["floor", "ghopt gh", "ghopt gh, recorded"]
+
+
+def test_passes_chosen_from_the_graph_are_timed_beside_separate_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+
+    def note(methods: list[Method], *others: object) -> list[Figure]:
+        asked.append(([method.name for method in methods], *others))
+        return [Figure("passes", 2, "ghopt gh", "tiny", 1.0)]
+
+    monkeypatch.setattr(command, "time_ratios", note)
+    options = ["--tasks", "1", "2", "--networks", "tiny", "--rounds", "3"]
+    command.main(["--tables", "passes", *options])
+    both, separate = ["ghopt gh, separate", "ghopt gh"], NAMED["ghopt gh, separate"]
+    assert asked == [(both, "tiny", 2, 3, CPU, separate, "passes")]
 
 
 @pytest.mark.parametrize(
