@@ -93,7 +93,7 @@ class HarmonizedOptimizer(Wrapper):
             a pass for each task, as everything does with ``"separate"``: with hooks on what
             would be shared, functions of your own, checkpoints, compiled parts,
             ``backward_fn``, ``accumulate_only``, ``project_step``, autocast, a process
-            group, or torch 2.6. (A hook registered anywhere since the last step may have
+            group, or torch 2.8. (A hook registered anywhere since the last step may have
             that effect for one step.) Not seen is ``retain_grad()`` of a weight that you
             transposed by hand, which stays without ``.grad``, and, in a small network, of
             an activation that nothing saved as its input (before a ReLU, say): its

@@ -33,11 +33,14 @@ def in_a_thread(config: ModuleType, name: str) -> Any:
 def _leave_options() -> Iterator[None]:
     """Put back, for all threads and for this one, what a test sets."""
     entries = [autograd._config["donated_buffer"], compiler._config["cache_key_tag"]]
-    before = [(entry.env_value_default, entry.user_override.get()) for entry in entries]
-    yield
-    for entry, (everywhere, here) in zip(entries, before, strict=True):
+    before = [entry.env_value_default for entry in entries]
+    with (
+        autograd.patch(donated_buffer=autograd.donated_buffer),
+        compiler.patch(cache_key_tag=compiler.cache_key_tag),
+    ):
+        yield
+    for entry, everywhere in zip(entries, before, strict=True):
         entry.env_value_default = everywhere
-        entry.user_override.set(here)
 
 
 def test_no_thread_donates_buffers() -> None:

@@ -28,6 +28,9 @@ from ghopt.gradients.choice import choose
 from ghopt.gradients.graph import HOOKS
 from ghopt.harmonize import Passes
 from tests.memory import allocated
+from tests.versions import needs
+
+pytestmark = needs.faster_passes
 
 Losses: TypeAlias = list[Tensor]
 

@@ -30,6 +30,7 @@ import triton.language as tl
 from ghopt.gradients import entries as sorting
 from ghopt.gradients import kernels
 from tests import rows as arithmetic
+from tests.versions import needs
 
 Parameters = list[dict[int, Tensor]]
 """The gradients of each parameter by task."""
@@ -46,6 +47,11 @@ ROUNDING = {
 }
 GUARD = 77.0
 
+pytestmark = [
+    needs.interpreter,
+    # As the interpreter of triton 3.7 and before does.
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim"),
+]
 # numpy warns of what the interpreter computes with infinity and NaN.
 non_finite = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 

@@ -27,6 +27,9 @@ from ghopt.gradients import graph, together
 from ghopt.gradients.graph import HOOKS, edges_of
 from ghopt.gradients.together import KINDS, Together
 from tests.literal import literal_gradients, literal_update
+from tests.versions import needs
+
+pytestmark = needs.faster_passes
 
 Losses: TypeAlias = list[Tensor]
 Case: TypeAlias = Callable[[], tuple[nn.Module, Losses]]

@@ -6,6 +6,10 @@ one counter of the process, and each node has a number of its own: where none wa
 away since before a node was made, nobody has hooked it. (Hooks on a module that were
 registered before count, too: only the next pass then takes no notice of what is clean.)
 ``retain_grad`` takes no number.
+
+Much of this torch shows under names that it does not promise. What :mod:`deferred` and
+:mod:`together` go by, too, is looked for in :func:`is_supported`, once: where a name is
+missing, each task gets a pass of its own.
 """
 
 import sys
@@ -25,20 +29,40 @@ Edges: TypeAlias = Mapping[Node, Sequence[tuple[int, Node, int]]]
 
 PLAIN = (Tensor, torch.nn.Parameter)
 LEAF = "torch::autograd::AccumulateGrad"
+BUILT_IN: Mapping[str, type] = {
+    name: kind
+    for name, kind in vars(getattr(torch._C, "_functions", object)).items()
+    if isinstance(kind, type)
+}
+"""The kinds of nodes of torch itself, by name."""
 
 _MOST_LEAVES = 1000
 
 
 @cache
 def is_supported() -> bool:
-    """Say whether this torch shows who unpacks what a node saved.
+    """Say whether this torch shows all that there is to see in a graph.
 
-    torch 2.6 does not, and an activation may be computed anew at each look (checkpoints).
+    torch 2.8 does not show who unpacks what a node saved, and an activation may be
+    computed anew at each look (checkpoints).
     """
-    leaf = torch.zeros((), device="cpu", requires_grad=True)
-    with torch.enable_grad():
-        node: Any = leaf.exp().grad_fn
-    return hasattr(node._raw_saved_result, "unpack_hook")
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = torch.zeros((1, 1), device="cpu", requires_grad=True)
+        node: Any = leaf.mm(leaf.t()).grad_fn
+    needed = {
+        "_saved_self _saved_mat2 _raw_saved_self _sequence_nr": node,
+        "unpack_hook": getattr(node, "_raw_saved_self", None),
+        "_version _backward_hooks _post_accumulate_grad_hooks": leaf,
+        "_forward_cls": getattr(torch.autograd.Function, "_backward_cls", None),
+        "next_id": RemovableHandle,
+        "_get_sequence_nr": torch._C._autograd,
+        "_is_checkpoint_valid": torch.autograd,
+    }
+    return {"AccumulateGrad", type(node).__name__} <= BUILT_IN.keys() and all(
+        hasattr(owner, name)
+        for names, owner in needed.items()
+        for name in names.split()
+    )
 
 
 def is_special(losses: Iterable[Tensor]) -> bool:
@@ -47,7 +71,10 @@ def is_special(losses: Iterable[Tensor]) -> bool:
     compiled = sys.modules.get("torch._dynamo.compiled_autograd")
     return (
         (dist.is_available() and dist.is_initialized())
-        or (compiled is not None and compiled.compiled_autograd_enabled)
+        or (
+            compiled is not None
+            and getattr(compiled, "compiled_autograd_enabled", True)
+        )
         # There autograd computes in lower precision, and not with every operation.
         or torch.is_autocast_enabled("cpu")
         or any(type(loss) not in PLAIN for loss in losses)
@@ -137,6 +164,8 @@ class Hooks(threading.local):
 
     def note(self) -> None:
         """Note that all hooks up to now are older than all nodes from now on."""
+        if not is_supported():
+            return
         # Where no hook is new, the older note says more.
         if self._count != RemovableHandle.next_id:
             self._count = RemovableHandle.next_id

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from ghopt.gradients.graph import HOOKS, PLAIN, Edges, hides
+from ghopt.gradients.graph import BUILT_IN, HOOKS, PLAIN, Edges, hides
 from ghopt.gradients.matrix import gramian_of, weighted_row
 from ghopt.gradients.sums import accumulate, cancel
 from ghopt.losses import check_range
@@ -34,7 +34,7 @@ _LEAST_GAIN = 45
 _Edge: TypeAlias = tuple[Node, int]
 """An output of a node, whose gradient a pass brings there."""
 
-_LEAF: type = vars(torch._C._functions)["AccumulateGrad"]
+_LEAF = BUILT_IN.get("AccumulateGrad")
 
 # Of nodes that the tasks have in common. Each is tried in the tests: its rule exists, and
 # gives what separate passes do.
@@ -56,9 +56,8 @@ KINDS = frozenset(
 # Those of torch itself, but for some that make sparse gradients.
 _BUILT_IN = frozenset(
     kind
-    for name, kind in vars(torch._C._functions).items()
-    if isinstance(kind, type)
-    and not any(part in name for part in ("Embedding", "Gather", "Nested", "Sparse"))
+    for name, kind in BUILT_IN.items()
+    if not any(part in name for part in ("Embedding", "Gather", "Nested", "Sparse"))
 )
 _COMMON = frozenset(kind for kind in _BUILT_IN if kind.__name__ in KINDS)
 # Of graphs of gradients, as in a PDE's residual, which lose: their rules call more.

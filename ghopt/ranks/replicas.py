@@ -1,8 +1,9 @@
 """The DDP models of this process: which are meant, and which would go wrong."""
 
 from collections.abc import Iterable, Sequence
+from importlib import import_module
 from operator import itemgetter
-from typing import TYPE_CHECKING, TypeAlias, Union
+from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 import torch.distributed as dist
 from torch import Tensor
@@ -195,8 +196,16 @@ def _name(model: DistributedDataParallel) -> str:
 
 def _refuse_shards(model: DistributedDataParallel) -> None:
     mesh = getattr(model, "device_mesh", None)
-    if mesh is not None and mesh._get_root_mesh() != mesh:
+    if mesh is not None and _root_of(mesh) != mesh:
         raise ValueError(
             "parameters must not be shards that DDP has made plain tensors of: "
             "leave DDP out and pass the data-parallel group as sync_group"
         )
+
+
+def _root_of(mesh: Any) -> Any:
+    """Find the mesh that one was cut out of, as DDP does."""
+    if hasattr(mesh, "_get_root_mesh"):
+        return mesh._get_root_mesh()
+    # Before torch 2.10.
+    return import_module(type(mesh).__module__)._mesh_resources.get_root_mesh(mesh)

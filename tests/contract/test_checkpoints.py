@@ -338,6 +338,7 @@ def process_group(tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("process_group")
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")  # torch 2.10's own
 def test_dcp_resumes_from_files_and_from_what_rank_0_sends(tmp_path: Path) -> None:
     sent = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     whole, resumed, received = (wrapped(CASES["AdamW"], tasks=2) for _ in range(3))

@@ -33,6 +33,7 @@ from ghopt.geometry import Weighting
 from ghopt.harmonize import Passes
 from tests import models
 from tests.models import Tasks
+from tests.versions import needs
 
 Groups = list[dict[str, list[nn.Parameter]]]
 Tensors = dict[str, Tensor | None]
@@ -439,7 +440,7 @@ class Training(RuleBasedStateMachine):
         )
         self.optimizer = self.wrap(self.base(groups_of(self.model)))
         self.attach()
-        self.late = [*LATE]
+        self.late = [*LATE] if needs.can_grow(self.base) else []
         self.left: tuple[Tasks, Tensors, Tensors] | None
         self.left = None
 

@@ -36,6 +36,7 @@ from tests.bases import (
     wrapped,
 )
 from tests.models import Tasks
+from tests.versions import needs
 
 assert_equal = partial(assert_close, rtol=0, atol=0)
 ADAMW = CASES["AdamW"]
@@ -110,6 +111,7 @@ def test_the_wrapper_adds_nothing_to_groups_defaults_and_state(case: Case) -> No
 def test_a_group_added_through_the_wrapper_trains_as_if_it_had_been_there(
     base: Base,
 ) -> None:
+    needs.grow(base)
     expected, actual = (models.make(models.heads_on_a_trunk, 2) for _ in range(2))
     both = [{"params": expected.trunk.parameters()}, *heads(expected)]
     whole = HarmonizedOptimizer(base(both))
@@ -922,6 +924,7 @@ def replace_list(group: dict[str, Any], params: list[nn.Parameter]) -> None:
 def test_parameters_swapped_in_their_group_are_those_that_train(
     base: Base, replace: Callable[[dict[str, Any], list[nn.Parameter]], None]
 ) -> None:
+    needs.grow(base)
     case = (base, models.heads_on_a_trunk)
     old, optimizer = wrapped(case, tasks=2)
     train(old, optimizer, range(2), tasks=2)
@@ -962,6 +965,7 @@ def trunk(model: Tasks) -> list[dict[str, Any]]:
     return [{"params": model.trunk.parameters()}]
 
 
+@needs.swapping
 @every_base
 def test_torch_may_swap_parameters_and_state_in_for_a_while(base: Base) -> None:
     results = []

@@ -73,6 +73,8 @@ SCHEDULERS: dict[str, Make] = {
     "SWALR": partial(SWALR, swa_lr=0.005, anneal_epochs=4),
 }
 
+# What torch 2.8 says of its own SequentialLR.
+pytestmark = pytest.mark.filterwarnings("ignore:The epoch parameter")
 every_scheduler = pytest.mark.parametrize("name", SCHEDULERS)
 attached_to = pytest.mark.parametrize("target", ["wrapper", "base"])
 

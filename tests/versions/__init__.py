@@ -1,0 +1,1 @@
+"""What the versions of torch differ in, and a run of the tests with each."""

@@ -1,0 +1,46 @@
+"""What some versions lack: tests that need it are skipped there, and say why."""
+
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import pytest
+import torch
+from packaging.version import Version
+from torch import nn
+from torch.optim import Optimizer
+
+from ghopt.gradients.graph import is_supported
+
+
+def _is_before(package: str, number: str) -> bool:
+    """Say whether a package is there, and older."""
+    try:
+        return Version(version(package)) < Version(number)
+    except PackageNotFoundError:
+        return False
+
+
+faster_passes = pytest.mark.skipif(
+    not is_supported(),
+    reason="torch 2.8 does not show who unpacks what a node saved: no faster passes",
+)
+interpreter = pytest.mark.skipif(
+    _is_before("triton", "3.8") and not _is_before("numpy", "2.4"),
+    reason="triton before 3.8 does not interpret kernels beside numpy 2.4",
+)
+swapping = pytest.mark.skipif(
+    not hasattr(torch.optim, "swap_in_optimizer_params_and_state"),
+    reason="torch 2.10 has no swap_in_optimizer_params_and_state",
+)
+
+
+def can_grow(base: Callable[[list[dict[str, Any]]], Optimizer]) -> bool:
+    """Say whether a kind of optimizer makes its state at the first step."""
+    return not base([{"params": [nn.Parameter(torch.ones(1))]}]).state
+
+
+def grow(base: Callable[[list[dict[str, Any]]], Optimizer]) -> None:
+    """Skip a test that gives such an optimizer parameters later."""
+    if not can_grow(base):
+        pytest.skip("Adagrad of torch 2.10 keeps no state for parameters added later")
