@@ -10,15 +10,17 @@ apart, and with ``donated_buffer = False`` torch runs older graphs that donate u
 
 So :func:`keep_buffers` turns donation off when ghopt is imported, for the whole process,
 since torch has no such option for one model, and has the cache tell the graphs apart.
-:func:`refuse_donated` finds graphs that are older than that.
+:func:`refuse_donated` finds graphs that are older than that. All of this goes by names that
+torch does not promise: a torch that lacks them is taken to donate nothing.
 """
 
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-import torch._functorch.config
 import torch.compiler.config
 from torch import Tensor
 from torch.autograd.graph import Node
@@ -47,7 +49,8 @@ def keep_buffers() -> None:
     (``cache_key_tag`` of ``torch.compiler.config``) is kept if it is set before.
     """
     tag = _Tag(torch.compiler.config.cache_key_tag)
-    _set(torch._functorch.config, "donated_buffer", False)
+    with suppress(ImportError):
+        _set(import_module("torch._functorch.config"), "donated_buffer", False)
     _set(torch.compiler.config, "cache_key_tag", tag)
 
 

@@ -1,5 +1,6 @@
 """What ghopt sets in torch.compile; what that is for: ``contract/test_compile.py``."""
 
+import sys
 from collections.abc import Iterator
 from threading import Thread
 from types import ModuleType, SimpleNamespace
@@ -98,3 +99,12 @@ def test_a_torch_without_an_option_is_left_alone(
     monkeypatch.delitem(autograd._config, "donated_buffer")
     keep_buffers()
     assert "donated_buffer" not in autograd._config
+
+
+def test_a_torch_without_such_options_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    autograd.donated_buffer = True
+    monkeypatch.setitem(sys.modules, "torch._functorch.config", None)
+    keep_buffers()
+    assert autograd.donated_buffer is True

@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import device_mesh
 from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
@@ -30,6 +32,7 @@ from torch.optim import SGD, AdamW
 from torch.testing import assert_close
 
 from ghopt import HarmonizedOptimizer, Recorder, measure
+from ghopt.ranks.replicas import _root_of
 from tests import models
 from tests.literal import literal_update
 from tests.models import Tasks
@@ -441,6 +444,14 @@ def ddp_over_shards() -> str:
 def test_ddp_around_tensor_parallel_layers_is_refused() -> None:
     for error in run_on_ranks(2, ddp_over_shards):
         assert error.startswith("parameters must not be shards")
+
+
+def test_the_root_of_a_mesh_is_found_where_torch_before_2_10_keeps_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    meshes = SimpleNamespace(get_root_mesh=lambda mesh: f"root of {mesh}")
+    monkeypatch.setattr(device_mesh, "_mesh_resources", meshes, raising=False)
+    assert _root_of("a mesh") == "root of a mesh"
 
 
 def unsynchronised_accumulation() -> str:

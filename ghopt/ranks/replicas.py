@@ -204,8 +204,9 @@ def _refuse_shards(model: DistributedDataParallel) -> None:
 
 
 def _root_of(mesh: Any) -> Any:
-    """Find the mesh that one was cut out of, as DDP does."""
+    """Find the mesh that one was cut out of, or itself, as DDP does."""
     if hasattr(mesh, "_get_root_mesh"):
         return mesh._get_root_mesh()
-    # Before torch 2.10.
-    return import_module(type(mesh).__module__)._mesh_resources.get_root_mesh(mesh)
+    # As before torch 2.10.
+    meshes = import_module("torch.distributed.device_mesh")
+    return meshes._mesh_resources.get_root_mesh(mesh)
