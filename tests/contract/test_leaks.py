@@ -30,8 +30,10 @@ def _only_new_objects() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _no_collector() -> Iterator[None]:
+def _no_collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Leave it to reference counts: a cycle would keep gradients for a long time."""
+    # Lightning sets it; then torch for CUDA leaves cycles of its own where there is no GPU.
+    monkeypatch.delenv("PYTORCH_NVML_BASED_CUDA_CHECK", raising=False)
     gc.collect()
     gc.disable()
     yield
