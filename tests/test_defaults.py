@@ -18,6 +18,7 @@ from ghopt import HarmonizedOptimizer, Recorder, geometry, harmonized_loss, meas
 from ghopt.report import judge
 from tests import models
 from tests.literal import grads
+from tests.versions import needs
 
 _FACTORIES = (
     *("tensor", "as_tensor", "zeros", "ones", "empty", "full", "eye", "arange"),
@@ -116,6 +117,7 @@ def test_no_step_and_no_recording_depends_on_them(
     assert made[1][4:6] == made[0][4:6]
 
 
+@needs.adam_on_meta
 @everywhere
 def test_closures_and_reused_weights_do_not_depend_on_them(
     dtype: torch.dtype, device: str

@@ -26,6 +26,7 @@ from tests import models
 from tests.literal import literal_step, weights_of
 from tests.models import Tasks
 from tests.ranks import RankError, needs_signals, run_on_ranks
+from tests.versions import needs
 
 STEPS = 20
 
@@ -1447,6 +1448,7 @@ def staying_away(how: str) -> str:
     return ""
 
 
+@needs.stores
 def test_a_rank_that_does_not_come_is_named_when_the_group_s_time_is_up() -> None:
     outcomes = run_on_ranks(4, staying_away, "raised", timeout=3, may_fail=True)
     assert "in the loss of a task" in str(outcomes.pop(2))
@@ -1455,6 +1457,7 @@ def test_a_rank_that_does_not_come_is_named_when_the_group_s_time_is_up() -> Non
         assert "Timed out" in outcome or "Connection closed" in outcome
 
 
+@needs.stores
 @needs_signals
 def test_a_rank_that_is_killed_before_the_step_is_named() -> None:
     outcomes = run_on_ranks(4, staying_away, "killed between", timeout=3, may_fail=True)

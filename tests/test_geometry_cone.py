@@ -20,6 +20,7 @@ from tests import reference
 from tests.networks import flat, network_gradients, seeds, widths
 from tests.reference import combine, dot, error, gramian, harmonized, vectors
 from tests.strategies import fewer_examples, independent, jacobians, many_tasks
+from tests.versions import needs
 
 pytestmark = pytest.mark.usefixtures("place")
 
@@ -202,6 +203,7 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
 
 
 # Views count. With more than eight tasks the number of steps grows with the tasks.
+@needs.few_operations
 @pytest.mark.parametrize(("tasks", "most"), [(2, 13), (3, 203), (8, 203), (9, 2954)])
 def test_a_device_runs_no_more_operations_than_these(tasks: int, most: int) -> None:
     with Operations() as operations:  # type: ignore[no-untyped-call]  # torch's

@@ -31,6 +31,7 @@ from tests.literal import (
     weights_of,
 )
 from tests.models import Tasks
+from tests.versions import needs
 
 Base = Callable[..., Optimizer]
 
@@ -629,6 +630,7 @@ def test_a_torchjd_weighting_plugs_in_unchanged() -> None:
     assert_close(optimizer.last.weights, gh(optimizer.last.gramian))
 
 
+@needs.adam_on_meta
 def test_the_whole_step_reads_no_value_back_to_the_host() -> None:
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))

@@ -30,6 +30,7 @@ from benchmarks.speed.methods import FLOOR, METHODS, PLAIN, TASKS, Method, Step
 from benchmarks.speed.problems import NETWORKS, Problem, make, make_pair
 from benchmarks.speed.results import TITLES, Figure, format_table
 from benchmarks.speed.rules import rule_times
+from tests.versions import needs
 
 CPU = torch.device("cpu")
 README = Path(command.__file__).with_name("README.md").read_text(encoding="utf-8")
@@ -66,6 +67,7 @@ def values(figures: list[Figure]) -> dict[str, float]:
 # What a harmonized step must not exceed. Counts, not times: they cannot flake.
 
 
+@needs.few_operations
 def test_harmonizing_two_tasks_adds_few_operations_to_the_two_passes() -> None:
     floor = watch(FLOOR.start(make("tiny", 2))).operations
     harmonized = watch(NAMED["ghopt gh"].start(make("tiny", 2))).operations
@@ -252,6 +254,7 @@ def test_the_peak_is_that_of_the_dearest_step_of_a_cycle() -> None:
     assert one == other > 0.9
 
 
+@needs.faster_passes
 def test_deferred_weights_take_less_memory_than_a_gradient_of_each_task() -> None:
     copies = values(peak_copies([NAMED["ghopt gh"]], "mlp32", 4, CPU))
     assert max(copies.values()) <= 0.9

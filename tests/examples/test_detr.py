@@ -32,7 +32,7 @@ def test_it_trains_as_a_literal_loop_on_the_weighted_losses_of_each_kind() -> No
             for task in tasks
         ]
         first, second = (torch.cat([g.flatten() for g in gs]).double() for gs in grads)
-        literal.append(float(first @ second / first.norm() / second.norm()))
+        literal.append((first @ second / first.norm() / second.norm()).item())
         weights = theorem_1(first, second)
         for parameter, one, other in zip(parameters, *grads, strict=True):
             parameter.grad = weights[0] * one + weights[1] * other
