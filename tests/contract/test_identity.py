@@ -680,6 +680,7 @@ def test_hooks_of_state_dict_fire_once_in_order_and_around_those_of_the_base() -
 # Names
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events")  # torch 2.10's own
 @pytest.mark.parametrize("cls", [HarmonizedOptimizer, Renamed])
 def test_the_profiler_shows_each_step_once(cls: type[HarmonizedOptimizer]) -> None:
     model = models.make(models.heads_on_a_trunk, 2)
