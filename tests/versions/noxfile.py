@@ -1,4 +1,4 @@
-"""The default tests beside every torch and every Python that the README names.
+"""The default tests beside every torch and Python that the README names, and as on others.
 
 ``nox -f tests/versions/noxfile.py`` makes an environment for each, and runs all of them;
 ``-l`` lists them, ``-s "tests(torch-2.8.0)"`` takes one, and what follows ``--`` goes to
@@ -21,6 +21,22 @@ VERSIONS = [
     *(nox.param(python, NEWEST, id=f"python-{python}") for python in PYTHONS),
 ]
 
+# Other orders of summation: those of other processors, and of more threads.
+PROCESSORS = {
+    "plainest": {
+        "ATEN_CPU_CAPABILITY": "default",
+        "MKL_CBWR": "COMPATIBLE",
+        "OPENBLAS_CORETYPE": "Nehalem",
+        "OMP_NUM_THREADS": "1",
+    },
+    "avx2": {
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "MKL_CBWR": "AVX2",
+        "OPENBLAS_CORETYPE": "Haswell",
+        "OMP_NUM_THREADS": "2",
+    },
+}
+
 
 @nox.session
 @nox.parametrize(["python", "torch"], VERSIONS)
@@ -31,4 +47,15 @@ def tests(session: nox.Session, torch: str) -> None:
     session.run(
         *("python", "-m", "pytest", *session.posargs),
         env={"OMP_NUM_THREADS": "1"},
+    )
+
+
+@nox.session
+@nox.parametrize("processor", [nox.param(name, id=name) for name in PROCESSORS])
+def processors(session: nox.Session, processor: str) -> None:
+    """Run the tests with the arithmetic of another processor."""
+    session.chdir(ROOT)
+    session.install("torch==2.13.0", ".[test]")
+    session.run(
+        *("python", "-m", "pytest", *session.posargs), env=PROCESSORS[processor]
     )
