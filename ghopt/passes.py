@@ -283,14 +283,15 @@ def _own(gradient: Tensor, parameter: Tensor, places: set[tuple[int, int]]) -> T
 
 def _place(gradient: Tensor) -> tuple[int, int]:
     """Tell gradients apart that share no memory."""
-    # By the storage, not the first element: parts of one tensor may overlap.
-    if type(gradient) is Tensor:
-        if gradient.storage_offset() == 0:  # there both have one address
-            return gradient.data_ptr(), 0
-        return gradient.untyped_storage().data_ptr(), 0
-    shard = local(gradient)
+    shard = gradient if type(gradient) is Tensor else local(gradient)
     # Shards do not overlap, and FSDP2 cuts all of a pass from one storage.
     offset = 0 if shard is gradient else int(shard.storage_offset())
+    # By the storage, not the first element: parts of one tensor may overlap. At its start
+    # both have one address, which takes less to ask for.
+    if type(shard) is Tensor:
+        is_first = shard.storage_offset() == 0
+        start = shard if is_first else shard.untyped_storage()
+        return start.data_ptr(), offset
     return shard.untyped_storage()._cdata, offset
 
 
