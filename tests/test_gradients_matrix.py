@@ -31,7 +31,7 @@ def test_the_gramian_has_the_digits_of_float64(
     tasks: int, width: int, dtype: torch.dtype
 ) -> None:
     matrix = draw(tasks, width, dtype)
-    found = gramian_of(matrix)
+    found = gramian_of([matrix], tasks)
     expected = [[exact(one, other) for other in matrix] for one in matrix]
     assert found.dtype is torch.float64
     wanted = torch.tensor(expected, dtype=torch.float64)
@@ -42,8 +42,28 @@ def test_the_gramian_has_the_digits_of_float64(
 
 @pytest.mark.parametrize("tasks", [2, 5, 8])
 def test_the_gramian_is_symmetric_to_the_last_bit(tasks: int) -> None:
-    found = gramian_of(draw(tasks, 40_000, torch.float32))
+    found = gramian_of([draw(tasks, 40_000, torch.float32)], tasks)
     assert found.equal(found.T)
+
+
+@pytest.mark.parametrize(
+    "widths", [(3, 1), (40_000, 2, 5_000, 7), (0,), (2**11, 2**11 + 1)]
+)
+def test_the_gramian_of_several_matrices_is_that_of_their_columns_side_by_side(
+    widths: tuple[int, ...],
+) -> None:
+    matrices = [
+        (place + 1) * draw(3, width, torch.float32)
+        for place, width in enumerate(widths)
+    ]
+    found = gramian_of(matrices, 3)
+    expected = gramian_of([torch.cat(matrices, dim=1)], 3)
+    assert_close(found, expected, rtol=1e-14, atol=1e-14)
+
+
+def test_the_gramian_of_no_matrix_is_zero() -> None:
+    found = gramian_of([], 2)
+    assert found.equal(torch.zeros(2, 2, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -8,27 +8,42 @@ from torch import Tensor
 
 from ghopt.gradients.entries import BLOCK, Entries, first_of
 
-# A matrix has this many elements of a task at most, or those of one tensor: so it takes
-# little memory beside the gradients, and the caches hold it.
-_PACK = 2**14
+# A matrix has this many elements of a task, and of all tasks, at most, or those of one
+# tensor: so it takes little memory beside the gradients, and the caches hold it.
+_PACK, _PACK_OF_ALL = 2**14, 2**16
+# Matrices with at most so many columns are laid side by side: a call takes longer.
+_NARROW = 2**11
 
 
 @torch.no_grad()
-def gramian_of(matrix: Tensor) -> Tensor:
-    """Take the inner products of rows, in float64.
+def gramian_of(matrices: Iterable[Tensor], tasks: int) -> Tensor:
+    """Take the inner products of rows that lie in several matrices, in float64.
 
     Args:
-        matrix: shape ``[K, n]``, of any real floating-point dtype.
+        matrices: each ``[K, n]`` on the CPU, of one real floating-point dtype.
+        tasks: number of rows, K.
 
     Returns:
-        Shape ``[K, K]``, float64, symmetric to the last bit.
+        Shape ``[K, K]``, float64, symmetric to the last bit; zeros without a matrix.
     """
-    total = matrix.new_zeros(len(matrix), len(matrix), dtype=torch.float64)
+    total = torch.zeros(tasks, tasks, dtype=torch.float64, device="cpu")
+    narrow = []
+    for matrix in matrices:
+        if matrix.shape[1] <= _NARROW:
+            narrow.append(matrix)
+        else:
+            _add_blocks(total, matrix)
+    if narrow:
+        _add_blocks(total, torch.cat(narrow, dim=1))
+    return total.triu() + total.triu(1).T
+
+
+def _add_blocks(total: Tensor, matrix: Tensor) -> None:
+    """Add the inner products of the rows of one matrix."""
     # By blocks, so that what is made float64 takes little memory and stays in the cache.
     for block in torch.split(matrix, BLOCK, dim=1):
         wide = block.double()
         total.addmm_(wide, wide.T)
-    return total.triu() + total.triu(1).T
 
 
 @torch.no_grad()
@@ -100,7 +115,8 @@ def _packs(
         numbers, first = tuple(entries), first_of(entries)
         kind, size = (first.dtype, numbers), first.numel()
         sizes[kind] += size
-        if sizes[kind] > _PACK or kind not in filling:
+        most = min(_PACK, _PACK_OF_ALL // len(numbers))
+        if sizes[kind] > most or kind not in filling:
             filling[kind], sizes[kind] = [], size
             packs.append((numbers, filling[kind]))
         filling[kind].append(entries)

@@ -151,31 +151,26 @@ class Together:
 
 
 class TogetherGradients:
-    """Gradients as the rows of one matrix.
+    """Gradients as one matrix for each parameter, with a row for each task.
 
     Args:
-        matrix: shape ``[K, n]``.
-        parameters: whose elements its columns are, one after the other.
+        rows: by parameter, each ``[K, n]``.
+        tasks: number of tasks, K.
     """
 
-    def __init__(self, matrix: Tensor, parameters: Sequence[Tensor]) -> None:
-        self._matrix = matrix
-        self._parameters = parameters
-        self._sizes = [parameter.numel() for parameter in parameters]
+    def __init__(self, rows: Mapping[Tensor, Tensor], tasks: int) -> None:
+        self._rows = rows
+        self._tasks = tasks
 
     def __bool__(self) -> bool:
         """Say whether a task reaches a parameter."""
-        return bool(self._parameters)
+        return bool(self._rows)
 
     def gramian(self, over: Iterable[Tensor] | None = None) -> Tensor:
         """See :meth:`ghopt.gradients.TaskGradients.gramian`."""
-        if over is None:
-            return gramian_of(self._matrix)
-        wanted = set(over)
-        columns = self._matrix.split_with_sizes(self._sizes, dim=1)
-        pairs = zip(self._parameters, columns, strict=True)
-        parts = [part for parameter, part in pairs if parameter in wanted]
-        return gramian_of(torch.cat([self._matrix[:, :0], *parts], dim=1))
+        wanted = self._rows if over is None else set(over)
+        parts = [rows for parameter, rows in self._rows.items() if parameter in wanted]
+        return gramian_of(parts, self._tasks)
 
     def combine(
         self,
@@ -185,13 +180,12 @@ class TogetherGradients:
         keep: bool = False,  # noqa: ARG002  # nothing here is spoilt
     ) -> dict[Tensor, Tensor]:
         """See :meth:`ghopt.gradients.TaskGradients.combine`."""
-        check_range(weights, [self._matrix.dtype], gramian)
+        check_range(weights, {rows.dtype for rows in self._rows.values()}, gramian)
         wide = gramian is None or cancel(gramian, weights)
-        row = weighted_row(self._matrix, weights, wide=wide)
-        parts = row.split_with_sizes(self._sizes)
-        pairs = zip(self._parameters, parts, strict=True)
-        # As ever, no two gradients share memory.
-        return {p: part.clone().view_as(p) for p, part in pairs}
+        return {
+            parameter: weighted_row(rows, weights, wide=wide).view_as(parameter)
+            for parameter, rows in self._rows.items()
+        }
 
 
 def may_pay(parameters: Iterable[Tensor], tasks: int) -> bool:
@@ -335,29 +329,30 @@ def _gathered(
     parameters: Sequence[Tensor],
     live: Sequence[int],
     tasks: int,
-    own: Mapping[Tensor, tuple[int, Tensor]],
-    common: Mapping[Tensor, Tensor],
+    own: dict[Tensor, tuple[int, Tensor]],
+    common: dict[Tensor, Tensor],
 ) -> TogetherGradients:
-    """Lay the gradients of the parameters side by side; add up those of others."""
-    parts: dict[Tensor, Tensor] = {}
+    """Give a matrix for each of the parameters; add the sums of others to their ``.grad``.
+
+    Takes the gradients of the parameters out, so that there is no second copy of all.
+    """
+    matrices: dict[Tensor, Tensor] = {}
     for parameter in parameters:
         if parameter in common:
-            rows = common[parameter].reshape(len(live), -1)
+            rows = common.pop(parameter).reshape(len(live), -1)
             if len(live) < tasks:
                 rows = rows.new_zeros(tasks, rows.shape[1]).index_copy_(
                     0, torch.tensor(live, device=rows.device), rows
                 )
-            parts[parameter] = rows
+            matrices[parameter] = rows
         elif parameter in own:
-            task, grad = own[parameter]
+            task, grad = own.pop(parameter)
             rows = grad.new_zeros(tasks, grad.numel())
             rows[task] = grad.reshape(-1)
-            parts[parameter] = rows
+            matrices[parameter] = rows
     sums = {other: rows.sum(0) for other, rows in common.items()}
     # Of its own: autograd may give one tensor to several.
     sums |= {other: grad.clone() for other, (_, grad) in own.items()}
-    for other in sums.keys() - parts.keys():
-        other.grad = accumulate(other.grad, sums[other].contiguous())
-    # The tasks may all have handed nothing back.
-    rows = torch.cat([*parts.values()], dim=1) if parts else torch.empty(tasks, 0)
-    return TogetherGradients(rows, [*parts])
+    for other, added in sums.items():
+        other.grad = accumulate(other.grad, added.contiguous())
+    return TogetherGradients(matrices, tasks)
