@@ -121,6 +121,35 @@ def _ghopt(
     return step
 
 
+def _bare(problem: Problem) -> Step:
+    optimizer, parameters = base(problem), problem.parameters
+
+    def gradients(loss: Tensor, *, retain_graph: bool) -> list[Tensor]:
+        _backward(loss, retain_graph=retain_graph)
+        grads = [p.grad for p in parameters if p.grad is not None]
+        for parameter in parameters:
+            parameter.grad = None
+        return grads
+
+    def step() -> None:
+        optimizer.zero_grad()
+        *losses, last = problem.losses()
+        rows = [gradients(loss, retain_graph=True) for loss in losses]
+        rows.append(gradients(last, retain_graph=False))
+        flat = torch.cat([grad.flatten() for row in rows for grad in row])
+        wide = flat.view(len(rows), -1).double()
+        weight, *weights = gh(wide @ wide.T).tolist()
+        total, *others = rows
+        torch._foreach_mul_(total, weight)
+        for row, other in zip(others, weights, strict=True):
+            torch._foreach_add_(total, row, alpha=other)
+        for parameter, grad in zip(parameters, total, strict=True):
+            parameter.grad = grad
+        optimizer.step()
+
+    return step
+
+
 def _features(problem: Problem) -> Step:
     optimizer = HarmonizedOptimizer(base(problem))
 
@@ -328,6 +357,14 @@ METHODS = (
     FLOOR,
     AUTO,
     SEPARATE,
+    Method(
+        "bare loop, gh",
+        "the arithmetic of ghopt gh in a loop for this network alone, nothing checked: "
+        "what is left to gain",
+        _bare,
+        gh,
+        is_gh=True,
+    ),
     Method(
         "ghopt gh, every 4th",
         "the same with measure_every=4: the mean of a step that measures and of three "

@@ -481,7 +481,7 @@ def test_the_command_prints_the_tables_and_writes_all_figures(
     assert f"torch {torch.__version__}" in shown.splitlines()[0]
     assert written["environment"]["torch"] == torch.__version__
     figures = [Figure(**figure) for figure in written["figures"]]
-    assert len(figures) == 22 + 20 + 4 * sum(method.is_gh for method in METHODS)
+    assert len(figures) == 23 + 21 + 4 * sum(method.is_gh for method in METHODS)
     memory = [figure for figure in figures if figure.table == "memory"]
     assert format_table(memory) in shown
 
@@ -590,12 +590,12 @@ def test_the_readme_has_the_columns_rows_and_tables_that_are_printed() -> None:
         assert f"* **{table}:**" in README
         assert re.search(rf"^{table}(, K = \d)?: ", README, re.MULTILINE)
     shown = [
-        re.findall(r"^time, K = (\d)", block, re.MULTILINE)
+        [*map(int, re.findall(r"^time, K = (\d+)", block, re.MULTILINE))]
         for block in README.split("```text")
     ]
     for one, other in chain.from_iterable(map(pairwise, shown)):
         assert one < other  # in what one command has printed
-    assert {"2", "4", "8"} <= {*chain(*shown)}
+    assert {2, 4, 8} <= {*chain(*shown)}
 
 
 # Rules by themselves
