@@ -20,18 +20,19 @@ from benchmarks.common.store import append_run, read_runs
 from benchmarks.common.table import lay_out
 from benchmarks.mtl.problems import PROBLEMS
 from benchmarks.mtl.tuning import (
+    CHOOSING,
+    COMPARING,
     CONTENDERS,
     Cell,
     Order,
     Run,
+    at_best,
     best_cell,
     train,
     values,
 )
 
 STORE = Path(__file__).with_suffix(".jsonl")
-CHOOSING, COMPARING = range(4), range(200, 210)
-
 CONTROLS = ("sum", "sum, projected on itself", "sum, K times the steps")
 """With which every contender is compared."""
 
@@ -121,31 +122,25 @@ def _grid(known: Mapping[str, Run], problem: str, cells: Sequence[Cell]) -> str:
 def _comparison(known: Mapping[str, Run], problem: str, cells: Sequence[Cell]) -> str:
     """Lay out each contender in its best cell, over the seeds that compare."""
     form = PROBLEMS[problem].metrics[0].form
-    found: dict[str, list[float]] = {}
-    best: dict[str, Cell] = {}
-    for name in CONTENDERS:
-        cell = best_cell(known, problem, name, cells, CHOOSING)
-        figures = values(known, problem, name, cell, COMPARING) if cell else []
-        if cell and len(figures) == len(COMPARING):
-            found[name], best[name] = figures, cell
+    found = at_best(known, problem, cells)
     against = [name for name in CONTROLS if name in found]
     rows = [
         ["contender", "best", "figure", *(f"minus {one}" for one in against), "passes"]
     ]
-    for name, figures in found.items():
+    for name, (cell, figures) in found.items():
         contender = CONTENDERS[name]
         passes = len(PROBLEMS[problem].tasks)
         spread = f"{mean(figures):{form}} +- {stdev(figures):{form}}"
         differences = []
         for one in against:
-            difference = paired_difference(figures, found[one])
+            difference = paired_difference(figures, found[one][1])
             text = f"{difference.mean:+{form}} +- {difference.margin:{form}}"
             differences.append("-" if one == name else text)
         is_single = contender.in_one and not contender.passes
         rows.append(
             [
                 name,
-                f"{best[name].rate:g}, {best[name].weight:g}",
+                f"{cell.rate:g}, {cell.weight:g}",
                 spread,
                 *differences,
                 "1" if is_single else str(passes),

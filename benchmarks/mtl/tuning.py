@@ -21,6 +21,9 @@ from benchmarks.mtl.problem import Problem
 from benchmarks.mtl.problems import PROBLEMS
 from ghopt import HarmonizedOptimizer, Weighting, gh, plain_sum
 
+CHOOSING, COMPARING = range(4), range(200, 210)
+"""The seeds that choose a cell, and those of what is reported of it."""
+
 REVISION = 1
 """Raise it where a run would end otherwise: stored runs count no more then."""
 
@@ -184,3 +187,32 @@ def best_cell(
         return None
     sign = 1 if PROBLEMS[problem].metrics[0].more_is_better else -1
     return max(cells, key=lambda cell: sign * mean(found[cell]))
+
+
+def at_best(
+    known: Mapping[str, Run], problem: str, cells: Sequence[Cell]
+) -> dict[str, tuple[Cell, list[float]]]:
+    """Give each contender's best cell, and its headline there by seed of ``COMPARING``.
+
+    Those whose runs are not all there are left out.
+    """
+    found: dict[str, tuple[Cell, list[float]]] = {}
+    for name in CONTENDERS:
+        cell = best_cell(known, problem, name, cells, CHOOSING)
+        figures = values(known, problem, name, cell, COMPARING) if cell else []
+        if cell and len(figures) == len(COMPARING):
+            found[name] = cell, figures
+    return found
+
+
+def whole_cells(known: Mapping[str, Run], problem: str) -> list[Cell]:
+    """List the cells in which every contender has all runs that choose."""
+    cells = {Cell(run.rate, run.weight) for run in known.values()}
+    return sorted(
+        cell
+        for cell in cells
+        if all(
+            len(values(known, problem, name, cell, CHOOSING)) == len(CHOOSING)
+            for name in CONTENDERS
+        )
+    )
