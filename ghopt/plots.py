@@ -23,6 +23,12 @@ Plot: TypeAlias = Callable[[Recording, "Axes"], None]
 MOST_LINES = 8
 """Lines in one plot at most: those of the pairs or tasks that are in conflict most."""
 
+COLORS = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7"),
+    *("#E69F00", "#56B4E9", "#000000", "#777777"),
+)
+"""Of lines, bars and areas: Okabe and Ito's, which color-blind readers can tell apart."""
+
 MOST_LAYERS = 20
 _POINTS = 400  # of a line: more cannot be seen, and make files of megabytes
 _BINS = 41
@@ -31,6 +37,7 @@ _LETTERS = 40
 
 def conflict_rate(recording: Recording, axes: "Axes") -> None:
     """Draw which share of the steps each pair is in conflict, over time."""
+    axes.set_prop_cycle(color=COLORS)
     shares = recording.conflict_shares
     worst = sorted(recording.pairs, key=lambda pair: -shares[pair])[:MOST_LINES]
     for i, j in worst:
@@ -68,6 +75,7 @@ def before_and_after(recording: Recording, axes: "Axes") -> None:
         "plain sum": recording.update_cosines(torch.ones_like(recording.weights)),
         "as weighed": recording.update_cosines(recording.weights),
     }
+    axes.set_prop_cycle(color=COLORS)
     if recording.has_steps.any():
         drawn["step taken"] = -recording.step_cosines
     for name, found in drawn.items():
@@ -85,6 +93,7 @@ def before_and_after(recording: Recording, axes: "Axes") -> None:
 
 def weights_over_time(recording: Recording, axes: "Axes") -> None:
     """Draw the weight of each task, over time."""
+    axes.set_prop_cycle(color=COLORS)
     spread = recording.weights.nan_to_num(1, 1, 1).std(0, unbiased=False)
     most = spread.argsort(descending=True)[:MOST_LINES].sort().values.tolist()
     for task in most:
@@ -96,6 +105,7 @@ def weights_over_time(recording: Recording, axes: "Axes") -> None:
 
 def layer_conflict(recording: Recording, axes: "Axes") -> None:
     """Draw in which share of the steps each layer has a pair in conflict."""
+    axes.set_prop_cycle(color=COLORS)
     shares = recording.layer_shares
     names = list(shares)
     if len(names) > MOST_LAYERS:

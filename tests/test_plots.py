@@ -12,12 +12,14 @@ import pytest
 import torch
 from IPython.core.formatters import DisplayFormatter
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from torch import Tensor
 from torch.testing import assert_close
 
 from ghopt import Recorder, Recording, gh, plots
 from ghopt.measuring import Harmonization
 from ghopt.plots import (
+    COLORS,
     MOST_LAYERS,
     MOST_LINES,
     PLOTS,
@@ -107,6 +109,29 @@ def test_of_many_pairs_those_most_in_conflict_are_drawn() -> None:
     left_out = shares.keys() - rates.keys()
     worst_left_out = max(shares[name] for name in left_out)
     assert all(shares[name] >= worst_left_out for name in rates.keys() & shares.keys())
+
+
+@pytest.mark.parametrize("plot", [conflict_rate, weights_over_time])
+def test_lines_have_colors_that_color_blind_readers_can_tell_apart(
+    plot: plots.Plot,
+) -> None:
+    axes = new_figure(4, 3).subplots()
+    axes.set_prop_cycle(color=["red", "green"])  # as a style of the user's might
+    plot(recording_of(*[torch.eye(4) - 0.4] * 3), axes)
+    lines = [line.get_color() for line in axes.lines[:-1]]  # but the dotted one
+    assert lines == [*COLORS[: len(lines)]]
+    assert len(lines) >= 4
+    assert len({*COLORS}) == MOST_LINES
+
+
+def test_areas_and_bars_have_the_same_colors() -> None:
+    recording = recording_of(pair(-0.5), layers={"a": pair(-0.5) @ pair(-0.5).T})
+    areas = drawn(before_and_after, recording).patches
+    assert [to_hex(area.get_facecolor()) for area in areas] == [
+        color.lower() for color in COLORS[:2]
+    ]
+    (bar,) = drawn(layer_conflict, recording).patches
+    assert to_hex(bar.get_facecolor()) == COLORS[0].lower()
 
 
 def test_the_cosine_map_shows_the_mean_cosine_of_each_pair() -> None:
