@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING
 
+from benchmarks.common.options import add_store
 from benchmarks.common.picture import save
 from benchmarks.common.statistics import paired_difference
 from benchmarks.common.store import read_runs
@@ -106,13 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "python -m benchmarks.mtl.picture", description=__doc__
     )
     parser.add_argument("picture", type=Path, help="a file, as .svg or .png")
-    parser.add_argument(
-        "--store",
-        type=Path,
-        default=STORE,
-        metavar="FILE",
-        help="(default: tuned.jsonl)",
-    )
+    add_store(parser, STORE)
     options = parser.parse_args(arguments)
     save(draw(read_runs(options.store, Run)), options.picture)
 

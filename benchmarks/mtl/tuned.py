@@ -14,7 +14,7 @@ from statistics import mean, stdev
 
 import torch
 
-from benchmarks.common.options import positive
+from benchmarks.common.options import add_runs
 from benchmarks.common.statistics import paired_difference
 from benchmarks.common.store import append_run, read_runs
 from benchmarks.common.table import lay_out
@@ -166,19 +166,7 @@ def _parser() -> argparse.ArgumentParser:
             metavar="X",
             help=f"(default: {' '.join(map(str, default))})",
         )
-    parser.add_argument(
-        "--workers", type=positive, default=2, metavar="N", help="(default: 2)"
-    )
-    parser.add_argument(
-        "--store",
-        type=Path,
-        default=STORE,
-        metavar="FILE",
-        help="where the runs are kept (default: tuned.jsonl beside this file)",
-    )
-    parser.add_argument(
-        "--show", action="store_true", help="print what the store has; train nothing"
-    )
+    add_runs(parser, STORE)
     return parser
 
 

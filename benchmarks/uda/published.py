@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.common.extra import need
-from benchmarks.common.options import positive
+from benchmarks.common.options import add_runs, positive
 from benchmarks.common.store import append_run, read_runs
 from benchmarks.uda.data import LARGE, Task
 from benchmarks.uda.data.published import TASKS, load_published
@@ -134,25 +134,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--steps", type=positive, default=STEPS, metavar="N", help=f"(default: {STEPS})"
     )
-    parser.add_argument(
-        "--workers", type=positive, default=2, metavar="N", help="(default: 2)"
-    )
-    parser.add_argument(
-        "--store",
-        type=Path,
-        default=STORE,
-        metavar="FILE",
-        help="where the runs are kept (default: the committed ones)",
-    )
+    add_runs(parser, STORE)
     parser.add_argument(
         "--scratch",
         type=Path,
         default=Path("uda-results"),
         metavar="DIR",
         help="folder for checkpoints (default: uda-results)",
-    )
-    parser.add_argument(
-        "--show", action="store_true", help="print what is there, train nothing"
     )
     return parser
 

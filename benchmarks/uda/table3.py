@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 
 from benchmarks.common.digits import SIZE
 from benchmarks.common.extra import need
-from benchmarks.common.options import positive
+from benchmarks.common.options import add_runs, positive
 from benchmarks.common.store import append_run, read_runs
 from benchmarks.uda.data import DEMO, LARGE, PACKAGES, REAL, Task, load_task
 from benchmarks.uda.methods.rules import ALL_RULES, FLIPS
@@ -139,20 +139,8 @@ def _parser() -> argparse.ArgumentParser:
         default=SIZE,
         help=f"of the images (default: {SIZE}; the paper's: {LARGE})",
     )
-    parser.add_argument(
-        "--workers", type=positive, default=2, metavar="N", help="(default: 2)"
-    )
-    parser.add_argument(
-        "--store",
-        type=Path,
-        default=KEPT,
-        metavar="FILE",
-        help="where the runs are kept (default: the committed ones)",
-    )
+    add_runs(parser, KEPT)
     add_device(parser)
-    parser.add_argument(
-        "--show", action="store_true", help="print what is there, train nothing"
-    )
     parser.add_argument(
         "--selected",
         dest="compared",

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from benchmarks.common.digits import SIZE
 from benchmarks.common.extra import need
+from benchmarks.common.options import add_store
 from benchmarks.common.picture import save
 from benchmarks.common.store import read_runs
 from benchmarks.uda.data import LARGE
@@ -49,13 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         step.add_argument(
             f"--{name}", dest="compared", action="store_const", const=name, help=words
         )
-    parser.add_argument(
-        "--store",
-        type=Path,
-        default=KEPT,
-        metavar="FILE",
-        help="where the runs are kept (default: the committed ones)",
-    )
+    add_store(parser, KEPT)
     options = parser.parse_args(arguments)
     try:
         runs = [*read_runs(options.store, Run).values()]
