@@ -263,7 +263,9 @@ def with_cure() -> Iterator[None]:
             "the graph of these losses is gone: a backward pass ran through it before, as "
             "loss.backward() or an earlier backward([...]). Drop that call: with "
             "retain_graph=True its plain gradient would be added to the harmonized one. If "
-            f"you want both, keep the graph there. torch says: {error}"
+            "you want both, keep the graph there. If there is no such call, the losses "
+            "reach a tensor of an earlier step, as the state of an RNN: detach() it. torch "
+            f"says: {error}"
         ) from error
 
 

@@ -155,7 +155,7 @@ def plots_of(recording: Recording) -> dict[str, Plot]:
     return {
         title: plot
         for title, plot in PLOTS.items()
-        if (recording.layers or plot is not layer_conflict)
+        if (recording.layer_shares or plot is not layer_conflict)
         and (recording.pairs or plot in (before_and_after, weights_over_time))
     }
 

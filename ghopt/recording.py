@@ -168,9 +168,15 @@ class Recording:
 
     @property
     def layer_shares(self) -> dict[str, float]:
-        """Share of the steps with a layer in which it has a pair in conflict, by name."""
+        """Share of the steps with a layer in which it has a pair in conflict, by name.
+
+        Without layers that at most one task ever reaches, as its own head.
+        """
         shares = {}
         for name, products in self.layers.items():
+            reached = products.diagonal(dim1=1, dim2=2).nan_to_num(0) > 0
+            if reached.any(0).sum() < 2:
+                continue
             values = products.flatten(1)
             known = ~values.isnan().all(1)
             shares[name] = _share_below_zero(values[known].nan_to_num(0).amin(1))

@@ -46,6 +46,11 @@ OPPOSED = -1e-6
 """Cosines below this are no rounding: as in :meth:`ghopt.Recording.opposed`."""
 
 _MOST_ROWS = 30
+# What no recording can tell for certain.
+_BUT = (
+    "But leave losses alone that are opposed by design, as a loss and its penalty: a "
+    "weighting would change what you trade."
+)
 
 
 @dataclass(frozen=True)
@@ -187,7 +192,7 @@ def _judge_finite(recording: Recording) -> Verdict:
         ),
         (
             f"In {_percent(opposed.share)} of the steps the plain sum of the gradients "
-            "would have worked against a task; the recorded weights did in "
+            "works against a task; weighted as recorded it does in "
             f"{_percent(against)}."
         ),
         *_about_certainty(count, opposed),
@@ -224,8 +229,8 @@ def _about_features(recording: Recording) -> Iterator[str]:
 def _about_certainty(count: int, opposed: Share) -> Iterator[str]:
     if count >= FEWEST_STEPS:
         yield (
-            f"How sure that is: successive steps are alike, so that {count} count as "
-            f"{opposed.independent:.0f}. In longer recordings of the same the sum works "
+            "How sure the share of the sum is: successive steps are alike, so that for it "
+            f"{count} count as {opposed.independent:.0f}. In longer recordings of the same the sum works "
             f"against a task in {_between(opposed)}."
         )
         if abs(opposed.last - opposed.first) >= OFTEN:
@@ -350,11 +355,14 @@ def _advice(
             "is nothing to gain from one here."
         )
     if not _is_told(conflict, opposed):
+        fewer = min(conflict, opposed, key=lambda share: share.independent)
+        of_what = "conflict" if fewer is conflict else "the sum"
         return (
             "Too short to tell, or too uneven: the angles between the tasks are so alike "
-            f"from step to step, or change so steadily, that {len(recording)} steps count "
-            f"as {min(conflict.independent, opposed.independent):.0f}. Record longer, a "
-            "whole training if possible; of a whole one the plots say more than a share."
+            "from step to step, or change so steadily, that for the share of "
+            f"{of_what} {len(recording)} steps count as {fewer.independent:.0f}. Record "
+            "longer, a whole training if possible; of a whole one the plots say more than "
+            "a share."
         )
     if opposed.share < RARELY:
         return _advice_where_the_sum_serves_all(pairs)
@@ -368,12 +376,12 @@ def _advice(
         return (
             "A weighting is worth trying: the plain sum often works against a task, in "
             f"{_between(opposed)}. Begin with ghopt.gh, which never opposes one, and "
-            "compare over several seeds."
+            f"compare over several seeds. {_BUT}"
         )
     return (
         "A weighting may help: the plain sum works against a task now and then, in "
         f"{_between(opposed)}. Compare ghopt.gh with the sum over several seeds before "
-        "you believe it."
+        f"you believe it. {_BUT}"
     )
 
 
