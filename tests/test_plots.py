@@ -271,6 +271,8 @@ def test_a_figure_has_every_plot_that_there_is_something_for() -> None:
     assert [*plots_of(two)] == [*PLOTS][:4]
     layered = recording_of(pair(-0.5), layers={"x": torch.eye(2)})
     assert plots_of(layered) == PLOTS
+    own = recording_of(pair(-0.5), layers={"x": torch.diag(torch.tensor([1.0, 0.0]))})
+    assert [*plots_of(own)] == [*PLOTS][:4]  # no layer that two tasks reach
     titles = [axes.get_title() for axes in figure(layered).axes]
     assert [title for title in titles if title] == [*PLOTS]
     alone = recording_of(torch.ones(1, 2, dtype=torch.float64))

@@ -25,7 +25,7 @@ import ghopt
 from ghopt import HarmonizedOptimizer
 from ghopt.gradients import graph, together
 from ghopt.gradients.graph import HOOKS, edges_of
-from ghopt.gradients.together import KINDS, Together
+from ghopt.gradients.together import KINDS, Together, TogetherGradients
 from tests.literal import literal_gradients, literal_update
 from tests.versions import needs
 
@@ -407,18 +407,33 @@ def test_all_that_is_no_parameter_of_the_optimizer_receives_the_plain_sum() -> N
     assert_close(grads[0], grads[1], rtol=1e-10, atol=1e-14)
 
 
-def test_gradients_that_autograd_gives_to_two_parameters_are_two_tensors() -> None:
-    HOOKS.note()
-    model, tasks = plain()
-    one, two = (torch.ones(2, dtype=torch.float64, requires_grad=True) for _ in "ab")
-    tasks[0] = tasks[0] + (one + two).sum()
-    with counted() as count:
-        HarmonizedOptimizer(SGD(model.parameters())).backward(tasks)
-    assert count == [1]
+def test_a_gradient_that_autograd_gives_to_two_parameters_is_two_tensors() -> None:
+    model, found = plain()
+    one, other = (nn.Parameter(torch.zeros((), dtype=torch.float64)) for _ in range(2))
+    found[0] = found[0] + (one + other)  # one gradient for both, which one task reaches
+    optimizer = HarmonizedOptimizer(SGD(model.parameters(), lr=0.1))
+    with counted() as steps:
+        optimizer.backward(found)
+    assert steps == [1]
     assert one.grad is not None
-    assert two.grad is not None
-    one.grad.mul_(2)
-    assert two.grad.eq(1).all()
+    assert other.grad is not None
+    one.grad += 1
+    assert float(other.grad) == 1
+
+
+def test_sums_of_gradients_that_cancel_are_rounded_once() -> None:
+    first = torch.linspace(-1, 1, 40_000)
+    rows = torch.stack([first, first * (1 + 2**-20)])
+    parameter = nn.Parameter(torch.zeros(200, 200))
+    gradients = TogetherGradients({parameter: rows}, 2)
+    gramian = gradients.gramian()
+    weights = torch.tensor([1.0, -1.0 / (1 + 2**-19)], dtype=torch.float64)
+    expected = (weights @ rows.double()).float().view(200, 200)
+    assert gradients.combine(weights, gramian)[parameter].equal(expected)
+    assert gradients.combine(weights)[parameter].equal(expected)
+    ones = torch.ones(2, dtype=torch.float64)  # where nothing cancels float32 will do
+    found = gradients.combine(ones, gramian)[parameter]
+    assert_close(found, rows.sum(0).view(200, 200))
 
 
 def test_gradients_add_to_what_is_there_and_nothing_is_made_for_others() -> None:

@@ -260,6 +260,15 @@ def test_deferred_weights_take_less_memory_than_a_gradient_of_each_task() -> Non
     assert max(copies.values()) <= 0.9
 
 
+@needs.faster_passes
+def test_what_one_pass_gives_all_tasks_is_there_once() -> None:
+    methods = [NAMED["ghopt gh"], NAMED["ghopt gh, separate"]]
+    together, separate = values(peak_copies(methods, "tiny", 8, CPU)).values()
+    # Of 8 gradients, of which the plain step has one, and what float64 takes beside.
+    assert together <= 9.8
+    assert separate <= 11.2
+
+
 def test_three_copies_held_through_a_step_are_counted_as_three() -> None:
     def start(problem: Problem) -> Step:
         plain = PLAIN.start(problem)

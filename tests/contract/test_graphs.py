@@ -167,6 +167,21 @@ def test_a_loss_without_grad_in_any_position_lets_the_graph_be_freed(
             plain_backward(loss)
 
 
+def test_a_state_that_is_carried_over_steps_without_detach_is_named_with_its_cure() -> (
+    None
+):
+    torch.manual_seed(0)
+    cell = nn.RNNCell(3, 4).double()
+    optimizer, inputs = wrap(cell), torch.randn(2, 3, dtype=torch.float64)
+    state = cell(inputs)
+    optimizer.backward([state.sum(), state.square().sum()])
+    later = cell(inputs, state)
+    with pytest.raises(RuntimeError, match=r"state of an RNN: detach\(\) it"):
+        optimizer.backward([later.sum(), later.square().sum()])
+    later = cell(inputs, state.detach())
+    optimizer.backward([later.sum(), later.square().sum()])
+
+
 def test_all_tasks_with_zero_gradients_give_zeros_not_nan() -> None:
     p = vector([1.0, 2.0])
     HarmonizedOptimizer(SGD([p])).backward([(p * 0).sum(), (0 * p * p).sum()])
