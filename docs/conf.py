@@ -1,6 +1,8 @@
 """How Sphinx makes the pages, one of each recipe among them: `sphinx-build -W docs OUT`."""
 
 import ast
+import tempfile
+import zlib
 from pathlib import Path
 
 from docutils import nodes
@@ -14,6 +16,7 @@ extensions = [
     "matplotlib.sphinxext.plot_directive",
     "myst_parser",
     "sphinx.ext.autodoc",
+    "sphinx.ext.intersphinx",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
@@ -43,6 +46,18 @@ napoleon_use_ivar = True
 default_role = "code"
 # Formulas as MathML, which browsers show by themselves: MathJax would come over the network.
 html_math_renderer = "mathml"
+# Names of Python and torch are links to their pages. Without a network they are words: an
+# inventory that holds nothing stands in, or Sphinx would warn.
+_nothing = Path(tempfile.mkdtemp(), "objects.inv")
+_nothing.write_bytes(
+    b"# Sphinx inventory version 2\n# Project: nothing\n# Version: 0\n"
+    b"# The remainder of this file is compressed using zlib.\n" + zlib.compress(b"")
+)
+intersphinx_mapping = {
+    "python": ("https://docs.python.org/3", (None, str(_nothing))),
+    "torch": ("https://docs.pytorch.org/docs/stable", (None, str(_nothing))),
+}
+intersphinx_timeout = 5
 
 
 def write_recipes(app: Sphinx) -> None:
