@@ -230,8 +230,8 @@ def _about_certainty(count: int, opposed: Share) -> Iterator[str]:
     if count >= FEWEST_STEPS:
         yield (
             "How sure the share of the sum is: successive steps are alike, so that for it "
-            f"{count} count as {opposed.independent:.0f}. In longer recordings of the same the sum works "
-            f"against a task in {_between(opposed)}."
+            f"{count} count as {opposed.independent:.0f}. In longer recordings of the same "
+            f"the sum works against a task in {_between(opposed)}."
         )
         if abs(opposed.last - opposed.first) >= OFTEN:
             yield (
