@@ -15,14 +15,13 @@ from benchmarks.common.picture import save
 from benchmarks.common.statistics import paired_difference
 from benchmarks.common.store import read_runs
 from benchmarks.mtl.problems import PROBLEMS
-from benchmarks.mtl.tuning import CONTENDERS, Run, at_best, whole_cells
+from benchmarks.mtl.tuning import CONTENDERS, STORE, Run, at_best, whole_cells
 from ghopt.extras import from_extra
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-STORE = Path(__file__).with_name("tuned.jsonl")
 SUM = "sum"
 # Colors that color-blind readers can tell apart (Okabe and Ito).
 _PLAIN, _RESTART, _GH = "#555555", "#E69F00", "#0072B2"

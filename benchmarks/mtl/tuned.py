@@ -23,6 +23,7 @@ from benchmarks.mtl.tuning import (
     CHOOSING,
     COMPARING,
     CONTENDERS,
+    STORE,
     Cell,
     Order,
     Run,
@@ -32,7 +33,6 @@ from benchmarks.mtl.tuning import (
     values,
 )
 
-STORE = Path(__file__).with_suffix(".jsonl")
 CONTROLS = ("sum", "sum, projected on itself", "sum, K times the steps")
 """With which every contender is compared."""
 

@@ -9,6 +9,7 @@ again, on other seeds, and only these are compared.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
 
@@ -20,6 +21,9 @@ from benchmarks.common.store import hash_of
 from benchmarks.mtl.problem import Problem
 from benchmarks.mtl.problems import PROBLEMS
 from ghopt import HarmonizedOptimizer, Weighting, gh, plain_sum
+
+STORE = Path(__file__).with_name("tuned.jsonl")
+"""The runs that are committed."""
 
 CHOOSING, COMPARING = range(4), range(200, 210)
 """The seeds that choose a cell, and those of what is reported of it."""

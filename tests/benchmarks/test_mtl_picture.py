@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from benchmarks.common.statistics import paired_difference
-from benchmarks.common.store import append_run, read_runs
+from benchmarks.common.store import append_run
 from benchmarks.mtl import picture
-from benchmarks.mtl.tuned import STORE
 from benchmarks.mtl.tuning import (
     CHOOSING,
     COMPARING,
@@ -117,8 +116,3 @@ def test_another_store_is_read(tmp_path: Path) -> None:
         append_run(store, run)
     picture.main([str(path), "--store", str(store)])
     assert path.stat().st_size > 1000
-
-
-def test_the_store_is_that_of_the_command_that_trains() -> None:
-    assert picture.STORE == STORE
-    assert read_runs(STORE, Run)

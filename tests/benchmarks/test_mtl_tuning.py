@@ -10,11 +10,12 @@ import torch
 from benchmarks.common.store import append_run, read_runs
 from benchmarks.mtl import tuned as command
 from benchmarks.mtl.problems import PROBLEMS
-from benchmarks.mtl.tuned import STORE, fill, format_problem
+from benchmarks.mtl.tuned import fill, format_problem
 from benchmarks.mtl.tuning import (
     CHOOSING,
     COMPARING,
     CONTENDERS,
+    STORE,
     Cell,
     Order,
     Run,
