@@ -404,8 +404,9 @@ def test_the_runs_are_those_that_differ() -> None:
     assert ("MCD", "gh") not in listed
     assert ("MCD-heads", "sum") not in listed
     assert ("DWL-unweighted", "sum") not in listed
-    assert len(listed) == 1 + 1 + 3 + 4 + 4 + 3
-    assert {one.steps for one in configs} == {2800}
+    assert len(listed) == 1 + 1 + 3 + 4 + 4 + 3 + 4
+    assert {one.steps for one in configs} == {2800, 50 * 937}
+    assert {one.batch_size for one in configs if one.method == "CDAN+E"} == {64}
     assert {one.inner_steps for one in configs if one.method == "MCD-joint"} == {4}
 
 
@@ -442,7 +443,8 @@ def test_the_command_trains_what_is_missing_and_forgets_its_checkpoints(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(command, "BATCH", 8)
+    small = replace(command.MCD_LIKE, batch_size=8)
+    monkeypatch.setattr(command, "MCD_LIKE", small)
     monkeypatch.setattr(command, "load_published", lambda *_: task)
     trained: list[Config] = []
 

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.common.digits import Split
-from benchmarks.uda.data import LARGE, REAL, Task, read_domain
+from benchmarks.uda.data import LARGE, REAL, Task, load_task, read_domain
 
 TASKS = REAL[:2]
 COUNTS = {"mnist": 2000, "usps": 1800}
@@ -53,6 +53,18 @@ def load_published(name: str, directory: Path) -> Task:
     source, validation = _read(source_name, directory)
     target, test = _read(target_name, directory)
     return Task(name, source, target.images, test, validation)
+
+
+def load_whole(name: str, directory: Path) -> Task:
+    """Load a task as CDAN+E's code has it: images that fill their frame, cut as usual.
+
+    All training images of both domains; ``data/usps2mnist`` of ``thuml/CDAN`` lists 7291
+    and 2007 of USPS.
+
+    Raises:
+        ValueError, FileNotFoundError, ImportError: as ``load_task`` with ``exact`` does.
+    """
+    return load_task(name, directory, LARGE, exact=True)
 
 
 def draw(task: Task, seed: int) -> Task:

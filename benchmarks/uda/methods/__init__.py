@@ -137,6 +137,11 @@ def entropy_weights(probabilities: Tensor, least: float = 1) -> Tensor:
     # xlogy would give NaN in backward where a probability underflows to 0.
     tiny = torch.finfo(probabilities.dtype).tiny
     entropy = -(probabilities * probabilities.clamp(min=tiny).log()).sum(1)
+    return certainty_weights(entropy, least)
+
+
+def certainty_weights(entropy: Tensor, least: float = 1) -> Tensor:
+    """Turn entropies ``[2 B]`` into the weights of :func:`entropy_weights`."""
     weights = (least + (-entropy).exp()).view(2, -1)
     return (weights / weights.detach().mean(1, keepdim=True)).flatten()
 

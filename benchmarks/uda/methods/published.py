@@ -45,7 +45,12 @@ from benchmarks.uda.methods import (
 from benchmarks.uda.methods.dwl import CONFUSION, share_of
 from benchmarks.uda.methods.features import linear_mmd, max_j
 from benchmarks.uda.methods.gramians import Row, to_rows
-from benchmarks.uda.methods.networks import CLASSES, Networks, in_channels_last
+from benchmarks.uda.methods.networks import (
+    CLASSES,
+    ChannelsLast,
+    Networks,
+    in_channels_last,
+)
 from benchmarks.uda.methods.rules import find_rule
 from benchmarks.uda.methods.steps import SOURCE_ONLY, Config, descend, generator_step
 from benchmarks.uda.methods.updates import harmonized
@@ -53,6 +58,7 @@ from ghopt import Recorder, measure
 
 MCD, MCD_HEADS, MCD_JOINT = "MCD", "MCD-heads", "MCD-joint"
 DWL, DWL_UNWEIGHTED = "DWL", "DWL-unweighted"
+CDAN = "CDAN+E"
 
 REFERENCES = {
     SOURCE_ONLY: SOURCE_ONLY,
@@ -61,10 +67,19 @@ REFERENCES = {
     MCD_JOINT: MCD_JOINT,
     DWL: DWL,
     DWL_UNWEIGHTED: DWL,
+    CDAN: CDAN,
 }
-"""The methods, and with which one's plain sum each is compared."""
+"""The methods, and with which one's plain sum each is compared.
 
-INNER_STEPS = {method: 8 if method.startswith(DWL) else 4 for method in REFERENCES}
+CDAN+E is in ``published_cdan``.
+"""
+
+INNER_STEPS = {
+    SOURCE_ONLY: 4,
+    **dict.fromkeys((MCD, MCD_HEADS, MCD_JOINT), 4),
+    **dict.fromkeys((DWL, DWL_UNWEIGHTED), 8),
+    CDAN: 1,
+}
 """How often a step trains G on its pair, if it has one."""
 
 EPOCH = 14
@@ -90,17 +105,6 @@ class Voting(Networks):
         features = self.generator(images)
         votes = [head(features) for head in self.heads[: self.voters]]
         return torch.stack(votes).sum(0)
-
-
-class ChannelsLast(nn.Module):
-    """Says of images ``[B, 1, h, w]`` that their one channel is last.
-
-    Else torch takes them for the usual layout, and G needs half as much time again.
-    """
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the same numbers in the same order, with other strides."""
-        return images.to(memory_format=torch.channels_last)
 
 
 def build_published(method: str, seed: int) -> Voting:

@@ -13,7 +13,8 @@ import torch
 from benchmarks.uda.data import Task, batches
 from benchmarks.uda.data.published import MARGINS, draw
 from benchmarks.uda.methods.gramians import angles
-from benchmarks.uda.methods.published import Training
+from benchmarks.uda.methods.published import CDAN, Training
+from benchmarks.uda.methods.published_cdan import CdanTraining
 from benchmarks.uda.methods.steps import Config
 from benchmarks.uda.runs.records import Run, key_of
 from benchmarks.uda.runs.train import test_error
@@ -32,6 +33,8 @@ class PublishedRun(Run):
 
 def key_of_published(config: Config) -> str:
     """Hash what a run is of: the configuration, the data and how these are cut."""
+    if config.method == CDAN:
+        return key_of(config)
     margins = [f"{name} {margin}" for name, margin in sorted(MARGINS.items())]
     return key_of(config, foreign=margins)
 
@@ -50,8 +53,11 @@ def run(config: Config, task: Task, folder: Path) -> PublishedRun:
     when the run is kept.
     """
     path = checkpoint_of(config, folder)
-    drawn = draw(task, config.seed)
-    training = Training(config)
+    training: Training | CdanTraining
+    if config.method == CDAN:
+        training = CdanTraining(config)
+    else:
+        task, training = draw(task, config.seed), Training(config)
     seen: dict[str, Any] = {"done": 0, "seconds": 0.0, "errors": [], "validation": []}
     if path.exists():
         # Of our own making: it holds plain tuples beside tensors.
@@ -59,7 +65,7 @@ def run(config: Config, task: Task, folder: Path) -> PublishedRun:
         seen = state["seen"]
         training.load(state["training"])
     start = time.process_time() - seen["seconds"]
-    stream = batches(drawn, config.batch_size, config.steps, config.seed)
+    stream = batches(task, config.batch_size, config.steps, config.seed)
     for done, batch in enumerate(islice(stream, seen["done"], None), seen["done"] + 1):
         training.step(batch)
         if config.is_evaluated(done):
@@ -82,7 +88,7 @@ def _save(state: Mapping[str, Any], path: Path) -> None:
 
 
 def _summarize(
-    config: Config, seen: Mapping[str, Any], training: Training
+    config: Config, seen: Mapping[str, Any], training: Training | CdanTraining
 ) -> PublishedRun:
     errors, validation = seen["errors"], seen["validation"]
     accuracies = {done: 100 - error for done, error in errors}

@@ -24,9 +24,9 @@ COLUMNS = (
 ANGLES = ("method", "rule", "conflict %", "mean cos", "|g1|/|g2|")
 
 NOTES = """\
-MCD, DWL: as published. MCD-joint: with cross entropy in the generator's step, where both
-  losses meet. MCD-heads, DWL-unweighted: with the weights where the GH paper's code puts
-  them; their sum is that of MCD, of DWL.
+MCD, DWL, CDAN+E: as published. MCD-joint: with cross entropy in the generator's step,
+  where both losses meet. MCD-heads, DWL-unweighted: with the weights where the GH paper's
+  code puts them; their sum is that of MCD, of DWL.
 last step: target test accuracy in percent, mean +- standard deviation of (so many) seeds.
   selected: where the error on the source's test set was least. best: where the target's was.
 minus sum: of the last step, paired by seed; mean, and from three seeds on its 95 % interval.
