@@ -14,7 +14,7 @@ project = "ghopt"
 copyright = "the ghopt authors"
 extensions = [
     "matplotlib.sphinxext.plot_directive",
-    "myst_parser",
+    "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.intersphinx",
     "sphinx.ext.napoleon",
@@ -24,6 +24,10 @@ extensions = [
 # Formulas between dollars, and links to headings.
 myst_enable_extensions = ["deflist", "dollarmath"]
 myst_heading_anchors = 3
+# Notebooks run when the pages are built; one that fails, or warns, fails the build.
+nb_execution_mode = "force"
+nb_execution_raise_on_error = True
+nb_output_stderr = "remove-warn"
 # Pictures of the gallery: drawn by the code beside them.
 plot_formats = ["svg"]
 plot_html_show_formats = False
