@@ -41,5 +41,20 @@ def task() -> Task:
 
 
 @pytest.fixture
+def large_task() -> Task:
+    """Of 28x28, with a validation split."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(96, 1, 28, 28, generator=generator) * 2 - 1
+    labels = torch.randint(10, (96,), generator=generator)
+    return Task(
+        "usps-mnist",
+        Split(images[:32], labels[:32]),
+        images[32:64],
+        Split(images[64:80], labels[64:80]),
+        Split(images[80:], labels[80:]),
+    )
+
+
+@pytest.fixture
 def batch(task: Task) -> Batch:
     return next(batches(task, 8, 1, seed=0))

@@ -16,6 +16,13 @@ def same(one: Iterable[Tensor], two: Iterable[Tensor]) -> bool:
     return all(a.equal(b) for a, b in zip(one, two, strict=True))
 
 
+def without_dropout(module: nn.Module) -> None:
+    """Drop nothing from now on, in training mode either."""
+    for one in module.modules():
+        if isinstance(one, nn.Dropout | nn.Dropout2d):
+            one.p = 0.0
+
+
 def gradients(loss: Tensor, module: nn.Module) -> list[Tensor]:
     """Of each parameter, zeros where the loss does not reach; keeps the graph."""
     return list(

@@ -19,7 +19,7 @@ from benchmarks.uda import published as command
 from benchmarks.uda.data import Batch, Task, batches
 from benchmarks.uda.data import published as data
 from benchmarks.uda.data.published import draw, load_published
-from benchmarks.uda.methods import mcd_losses
+from benchmarks.uda.methods import mcd_losses, published_cdan
 from benchmarks.uda.methods import published as methods
 from benchmarks.uda.methods.networks import Networks
 from benchmarks.uda.methods.published import (
@@ -42,22 +42,14 @@ from benchmarks.uda.runs.published import (
 )
 from benchmarks.uda.runs.train import test_error as error_on
 from benchmarks.uda.views.published_table import format_table
+from tests.benchmarks.modules import without_dropout
 
 Train: TypeAlias = Callable[[Config, Task], object]
 
 
 @pytest.fixture
-def task() -> Task:
-    generator = torch.Generator().manual_seed(0)
-    images = torch.rand(96, 1, 28, 28, generator=generator) * 2 - 1
-    labels = torch.randint(10, (96,), generator=generator)
-    return Task(
-        "usps-mnist",
-        Split(images[:32], labels[:32]),
-        images[32:64],
-        Split(images[64:80], labels[64:80]),
-        Split(images[80:], labels[80:]),
-    )
+def task(large_task: Task) -> Task:
+    return large_task
 
 
 @pytest.fixture
@@ -78,12 +70,6 @@ def exact(config: Config) -> Training:
     training = Training(config)
     without_dropout(training.networks.double())
     return training
-
-
-def without_dropout(module: nn.Module) -> None:
-    for one in module.modules():
-        if isinstance(one, nn.Dropout):
-            one.p = 0.0
 
 
 class Literal:
@@ -348,7 +334,13 @@ def test_each_run_draws_its_own_training_images(
 
 @pytest.mark.parametrize(
     ("method", "rule"),
-    [("MCD", "sum"), ("MCD-joint", "gh"), ("DWL", "ghpp"), ("DWL-unweighted", "gh")],
+    [
+        ("MCD", "sum"),
+        ("MCD-joint", "gh"),
+        ("DWL", "ghpp"),
+        ("DWL-unweighted", "gh"),
+        ("CDAN+E", "gh"),
+    ],
 )
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(
     method: str,
@@ -358,6 +350,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(methods, "EPOCH", 3)
+    monkeypatch.setattr(published_cdan, "EPOCH", 1)
     config = replace(config_of(method, rule), evaluations=4)
     whole = run(config, task, tmp_path / "whole")
     calls = iter(range(5))

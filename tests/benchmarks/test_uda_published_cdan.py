@@ -1,4 +1,4 @@
-"""CDAN+E as published: against a slow transcription, stopped and gone on with."""
+"""CDAN+E as published: against a slow transcription of it."""
 
 import math
 from collections.abc import Callable
@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from benchmarks.common.digits import Split
 from benchmarks.uda import published as command
 from benchmarks.uda.data import Batch, Task, batches
 from benchmarks.uda.data.published import load_whole
@@ -21,8 +20,8 @@ from benchmarks.uda.methods.published_cdan import CdanTraining, build_cdan
 from benchmarks.uda.methods.rules import RULES
 from benchmarks.uda.methods.steps import Config
 from benchmarks.uda.runs import published as runs
-from benchmarks.uda.runs.published import checkpoint_of, key_of_published, run
-from benchmarks.uda.runs.train import test_error as error_on
+from benchmarks.uda.runs.published import key_of_published, run
+from tests.benchmarks.modules import without_dropout
 
 STEPS = 20
 RISE = 100
@@ -30,17 +29,8 @@ RISE = 100
 
 
 @pytest.fixture
-def task() -> Task:
-    generator = torch.Generator().manual_seed(0)
-    images = torch.rand(96, 1, 28, 28, generator=generator) * 2 - 1
-    labels = torch.randint(10, (96,), generator=generator)
-    return Task(
-        "usps-mnist",
-        Split(images[:32], labels[:32]),
-        images[32:64],
-        Split(images[64:80], labels[64:80]),
-        Split(images[80:], labels[80:]),
-    )
+def task(large_task: Task) -> Task:
+    return large_task
 
 
 @pytest.fixture(autouse=True)
@@ -59,12 +49,6 @@ def exact(config: Config) -> CdanTraining:
     training = CdanTraining(config)
     without_dropout(training.networks.double())
     return training
-
-
-def without_dropout(networks: nn.Module) -> None:
-    for module in networks.modules():
-        if isinstance(module, nn.Dropout | nn.Dropout2d):
-            module.p = 0.0
 
 
 def reversed_by(coefficient: float) -> Callable[[Tensor], Tensor]:
@@ -201,33 +185,6 @@ def test_the_rules_find_the_same_first_pair(task: Task) -> None:
         assert len(training.rows) == 4, rule
     first = [training.rows[0] for training in trainings.values()]
     assert all(row == first[0] for row in first)
-
-
-def test_a_run_that_was_stopped_ends_as_one_that_was_not(
-    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = replace(config_of("gh"), steps=8, evaluations=4)
-    whole = run(config, task, tmp_path / "whole")
-    calls = iter(range(5))
-
-    def stop(networks: Networks, test: Split) -> float:
-        if next(calls) == 4:  # in the third evaluation: two are in the checkpoint
-            raise KeyboardInterrupt
-        return error_on(networks, test)
-
-    monkeypatch.setattr(runs, "test_error", stop)
-    with pytest.raises(KeyboardInterrupt):
-        run(config, task, tmp_path)
-    monkeypatch.setattr(runs, "test_error", error_on)
-    torch.manual_seed(7)
-    resumed = run(config, task, tmp_path)
-    assert replace(resumed, seconds=0) == replace(whole, seconds=0)
-    weights = [
-        torch.load(checkpoint_of(config, one), weights_only=False)["training"]
-        for one in (tmp_path, tmp_path / "whole")
-    ]
-    pairs = zip(*(one["networks"].values() for one in weights), strict=True)
-    assert all(a.equal(b) for a, b in pairs)
 
 
 def test_it_trains_on_all_images_cut_as_usual(
