@@ -11,9 +11,9 @@ import torch
 from hypothesis import settings
 
 import ghopt
-from ghopt import HarmonizedOptimizer, geometry
-from ghopt.geometry import cone
+from ghopt import HarmonizedOptimizer
 from ghopt.gradients import deferred, together
+from tests.pretended import nothing_read
 
 # torch's first calls are slow, so a deadline would fail on them and on nothing else. The
 # same draws each time: a test that passed for one must not fail for another by chance.
@@ -46,10 +46,7 @@ def place(request: pytest.FixtureRequest) -> Iterator[str]:
     if request.param == "on the CPU":
         yield request.param
         return
-    with (
-        patch.object(geometry, "reading_is_free", return_value=False),
-        patch.object(cone, "reading_is_free", return_value=False),
-    ):
+    with nothing_read():
         yield request.param
 
 

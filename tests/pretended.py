@@ -7,16 +7,32 @@ the emulation cannot tell.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Self
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ghopt import geometry
+from ghopt.geometry import cone, frames, matrices
+
 DEVICE = torch.device("mps", 0)
+_WHERE_VALUES_ARE_READ = (geometry, cone, frames, matrices)
 _WIDE = (torch.float64, torch.complex128)
+
+
+@contextmanager
+def nothing_read() -> Iterator[None]:
+    """Let the rules read no value of a Gramian, as on any device."""
+    with ExitStack() as stack:
+        for module in _WHERE_VALUES_ARE_READ:
+            stack.enter_context(
+                patch.object(module, "reading_is_free", return_value=False)
+            )
+        yield
 
 
 class _Pretended(Tensor):

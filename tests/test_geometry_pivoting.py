@@ -17,21 +17,15 @@ from torch.testing import assert_close
 
 from ghopt import geometry
 from ghopt.geometry import cone, host, pivoting
+from ghopt.geometry.cone import RESOLVED, _bound_of_lowest
+from ghopt.geometry.matrices import rescaled
 from tests import reference
 from tests.networks import flat, network_gradients, seeds, widths
+from tests.pretended import nothing_read
 from tests.reference import gramian, harmonized
-from tests.strategies import fewer_examples, jacobians
+from tests.strategies import fewer_examples, jacobians, many_tasks, scales
 
 EPS = torch.finfo(torch.float64).eps
-
-
-@contextmanager
-def nothing_read() -> Iterator[None]:
-    with (
-        patch.object(geometry, "reading_is_free", return_value=False),
-        patch.object(cone, "reading_is_free", return_value=False),
-    ):
-        yield
 
 
 @contextmanager
@@ -171,3 +165,33 @@ def test_a_well_conditioned_gramian_takes_one_system_of_each_row() -> None:
         with by_pivoting(), method as spy:
             geometry.gh(rows @ rows.T)
         assert spy.call_args.args[-1] == rounds
+
+
+@given(jacobians() | many_tasks(11, 14), scales)
+@fewer_examples
+def test_a_gramian_is_scaled_alike_whether_values_are_read(
+    jacobian: Tensor, scale: float
+) -> None:
+    scaled = gramian(jacobian * scale)
+    matrix, factors = rescaled(scaled)
+    with nothing_read():
+        expected, expected_factors = rescaled(scaled)
+    assert matrix.equal(expected)
+    assert factors.equal(expected_factors)
+    diagonal = matrix.diagonal()
+    assert ((diagonal >= 0.5) & (diagonal < 2)).all()
+
+
+@given(jacobians() | many_tasks(11, 14))
+@fewer_examples
+def test_the_bound_of_the_lowest_eigenvalue_is_one(jacobian: Tensor) -> None:
+    system, _ = rescaled(gramian(jacobian))
+    lowest = float(torch.linalg.eigvalsh(system)[0])
+    # Above what rounding leaves of an eigenvalue that is zero.
+    assert _bound_of_lowest(system) <= max(lowest, 0) + 1e-14 * len(system)
+
+
+def test_the_bound_is_of_use_for_gradients_that_are_no_more_than_random() -> None:
+    rows = torch.randn(12, 48, generator=torch.Generator().manual_seed(0))
+    system, _ = rescaled(gramian(rows))
+    assert _bound_of_lowest(system) > RESOLVED

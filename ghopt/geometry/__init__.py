@@ -35,7 +35,13 @@ from torch import Tensor
 
 from ghopt.geometry import host
 from ghopt.geometry.cone import cone_multipliers
-from ghopt.geometry.frames import across_of, frame, resolution_of, rotation
+from ghopt.geometry.frames import (
+    across_of,
+    frame,
+    frame_of_few,
+    resolution_of,
+    rotation,
+)
 from ghopt.geometry.matrices import identity, reading_is_free, rescaled
 
 _MOST_READ = 10  # with more tasks, calls of torch are faster than floats one by one
@@ -322,6 +328,9 @@ def _dual_cone(
     found = values and host.cone_coefficients(values, moved, kept)
     if found:
         return torch.tensor(found, dtype=torch.float64, device=gramian.device)
+    if _is_without_conflict(gramian):
+        unit = _picked(identity(gramian.double()), moved)
+        return _poisoned(unit, gramian)
     matrix, scale = rescaled(gramian)
     multipliers = _multipliers(matrix, moved, kept) * _picked(scale, kept)
     multipliers = multipliers / _picked(scale, moved)[:, None]
@@ -384,6 +393,11 @@ def _read(gramian: Tensor) -> host.Rows | None:
     return values
 
 
+def _is_without_conflict(gramian: Tensor) -> bool:
+    """Say whether no two conflict, where that is free to ask; else no."""
+    return reading_is_free(gramian) and not bool((gramian < 0).any())
+
+
 def _checked(name: str, numbers: Sequence[int] | None, count: int) -> list[int]:
     """List the numbers of some of ``count`` vectors; all of them if None."""
     if numbers is None:
@@ -413,8 +427,14 @@ def _ghpp(gramian: Tensor, lam: float) -> Tensor:
         )
     if len(gramian) == 2:
         return _rotation(gramian, lam)
+    resolution = resolution_of(gramian.dtype)
+    values = _read(gramian)
+    if values:
+        return frame_of_few(values, resolution)
+    if _is_without_conflict(gramian):
+        return _poisoned(identity(gramian.double()), gramian)
     matrix, scale = rescaled(gramian)
-    return _poisoned(frame(matrix, scale, resolution_of(gramian.dtype)), gramian)
+    return _poisoned(frame(matrix, scale, resolution), gramian)
 
 
 def _ghpp_balanced(gramian: Tensor) -> Tensor:

@@ -5,7 +5,9 @@ import math
 import torch
 from torch import Tensor
 
-from ghopt.geometry.matrices import determinant, identity
+from ghopt.geometry import host
+from ghopt.geometry.cone import RESOLVED
+from ghopt.geometry.matrices import determinant, identity, reading_is_free
 
 
 def rotation(
@@ -52,30 +54,126 @@ def frame(matrix: Tensor, scale: Tensor, resolution: float) -> Tensor:
     norms = matrix.diagonal().sqrt()
     unit = identity(matrix)
     cosines = (matrix / norms / norms[:, None]).where(unit == 0, 1)
-    values, vectors = torch.linalg.eigh(cosines.clamp(min=0))
-    lowest = values[0].clamp(max=0)
-    shrink = lowest / (lowest - 1)  # makes the lowest eigenvalue zero, if negative
-    values = values + shrink * (1 - values)
-    # A root of the rounding of an eigenvalue that is zero would be 1e8 times as large.
-    values = values.where(values > len(matrix) * torch.finfo(matrix.dtype).eps, 0)
-    allowed_root = (vectors * values.sqrt()) @ vectors.mT
-    values, vectors = torch.linalg.eigh(cosines)
-    # sin(theta)**2 / 2 is the lowest eigenvalue of two nearly opposite unit gradients.
-    spanned = values > resolution**2 * len(matrix) / 4
-    root = (vectors * values.where(spanned, 0).sqrt()) @ vectors.mT
-    inverse_root = (vectors * values.where(spanned, torch.inf).rsqrt()) @ vectors.mT
-    # With the polar factor W of C^1/2 P^1/2 the transport is P^1/2 W^T C^-1/2, and loses
-    # half as many digits to dependent gradients as with the root of C^1/2 P C^1/2.
-    left, stretch, right = torch.linalg.svd(root @ allowed_root)
-    met = stretch > len(matrix) * torch.finfo(matrix.dtype).eps
-    polar = left * met @ right
-    span = (vectors * spanned) @ vectors.mT
-    moved: Tensor = span @ allowed_root @ polar.mT @ inverse_root
+    moved = _moved_by_roots(cosines, resolution)
     moved = moved * (norms[:, None] / norms) * (scale / scale[:, None])
     # Exactly the identity for a task that no other meets, and where no two conflict.
     meets = (cosines != unit).any(1)
     moves = (meets & meets[:, None]) & (cosines < 0).any()
     return moved.where(moves, unit)
+
+
+def frame_of_few(gramian: host.Rows, resolution: float) -> Tensor:
+    """Do the same as :func:`frame`, from values: a third of the calls of torch.
+
+    Args:
+        gramian: of K vectors, as it is.
+        resolution: sine below which two count as opposite.
+    """
+    count = len(gramian)
+    unit = torch.eye(count, dtype=torch.float64, device="cpu")
+    if not host.is_finite(gramian):
+        return unit * math.nan
+    matrix, scale = host.rescaled(gramian)
+    norms = [math.sqrt(row[task]) for task, row in enumerate(matrix)]
+    cosines = [
+        [value / here / there for value, there in zip(row, norms, strict=True)]
+        for row, here in zip(matrix, norms, strict=True)
+    ]
+    for task, row in enumerate(cosines):
+        row[task] = 1.0
+    least = min(map(min, cosines))
+    if least >= 0:
+        return unit
+    allowed = [[max(value, 0.0) for value in row] for row in cosines]
+    both = torch.tensor([cosines, allowed], dtype=torch.float64, device="cpu")
+    # No eigenvalue is higher than what the most opposite two leave.
+    moved = _moved_by_factors(both) if 1 + least > RESOLVED else None
+    if moved is None:
+        moved = _moved_by_roots(both[0], resolution)
+    lengths = [norm / factor for norm, factor in zip(norms, scale, strict=True)]
+    ratios = [[here / there for there in lengths] for here in lengths]
+    moved = moved * torch.tensor(ratios, dtype=torch.float64, device="cpu")
+    alone = [task for task, row in enumerate(cosines) if row.count(0) == count - 1]
+    if alone:
+        moved[alone] = unit[alone]
+        moved[:, alone] = unit[:, alone]
+    return moved
+
+
+def _moved_by_factors(both: Tensor) -> Tensor | None:
+    """Transport of :func:`frame` by Cholesky factors: where values may be read.
+
+    With ``C = L L^T``, ``P = R R^T`` and the polar factor W of ``L^T R`` the transport is
+    ``R W^T L^-1``.
+
+    Args:
+        both: C and P, ``[2, K, K]``.
+
+    Returns:
+        None if an eigenvalue of one may be too low.
+    """
+    factors, stopped = torch.linalg.cholesky_ex(both)
+    roots = factors.diagonal(dim1=1, dim2=2).prod(1)
+    # The least of K eigenvalues, with a sum of K, is at least the determinant over e.
+    if any(stopped.tolist()) or min(roots.tolist()) ** 2 < math.e * RESOLVED:
+        return None
+    own, aimed = factors
+    left, _, right = torch.linalg.svd(own.mT @ aimed)
+    moved: Tensor = torch.linalg.solve_triangular(
+        own, aimed @ (left @ right).mT, upper=False, left=False
+    )
+    return moved
+
+
+def _moved_by_roots(cosines: Tensor, resolution: float) -> Tensor:
+    """Transport of :func:`frame` by symmetric roots, which may be those of singular ones."""
+    eps = len(cosines) * torch.finfo(cosines.dtype).eps
+    # Both at once: a device is waited for only once.
+    values, vectors = torch.linalg.eigh(torch.stack([cosines, cosines.clamp(min=0)]))
+    # sin(theta)**2 / 2 is the lowest eigenvalue of two nearly opposite unit gradients.
+    least = resolution**2 * len(cosines) / 4
+    if reading_is_free(values):
+        roots = values.new_tensor(_roots_read(*values.tolist(), least=least, eps=eps))
+    else:
+        roots = _roots(values[0], values[1], least, eps)
+    own, aimed = vectors
+    bases = torch.stack([own, own, own, aimed])
+    span, root, inverse_root, allowed_root = (bases * roots[:, None]) @ bases.mT
+    # With the polar factor W of C^1/2 P^1/2 the transport is P^1/2 W^T C^-1/2, and loses
+    # half as many digits to dependent gradients as with the root of C^1/2 P C^1/2.
+    left, stretch, right = torch.linalg.svd(root @ allowed_root)
+    polar = left * (stretch > eps) @ right
+    moved: Tensor = span @ allowed_root @ polar.mT @ inverse_root
+    return moved
+
+
+def _roots(own: Tensor, aimed: Tensor, least: float, eps: float) -> Tensor:
+    """Roots ``[4, K]``: which eigenvalues of C count, their roots and inverse ones, P's."""
+    spanned = own > least
+    lowest = aimed[0].clamp(max=0)
+    shrink = lowest / (lowest - 1)  # makes the lowest eigenvalue zero, if negative
+    aimed = aimed + shrink * (1 - aimed)
+    # A root of the rounding of an eigenvalue that is zero would be 1e8 times as large.
+    aimed = aimed.where(aimed > eps, 0)
+    spread = own.where(spanned, torch.inf)
+    own = own.where(spanned, 0)
+    return torch.stack([spanned.to(own), own.sqrt(), spread.rsqrt(), aimed.sqrt()])
+
+
+def _roots_read(
+    own: list[float], aimed: list[float], *, least: float, eps: float
+) -> list[list[float]]:
+    """Do the same as :func:`_roots`, from values."""
+    lowest = min(aimed[0], 0.0)
+    shrink = lowest / (lowest - 1)
+    aimed = [value + shrink * (1 - value) for value in aimed]
+    roots = [math.sqrt(value) if value > least else 0.0 for value in own]
+    return [
+        [float(root > 0) for root in roots],
+        roots,
+        [1 / root if root else 0.0 for root in roots],
+        [math.sqrt(value) if value > eps else 0.0 for value in aimed],
+    ]
 
 
 def resolution_of(dtype: torch.dtype) -> float:

@@ -35,8 +35,10 @@ def cone_coefficients(
     Returns:
         None where pivoting does not settle, in ``STEPS``: another method must do it then.
     """
-    if not _is_finite(gramian):
+    if not is_finite(gramian):
         return [[math.nan] * len(gramian) for _ in moved]
+    if min(map(min, gramian)) >= 0:
+        return [[float(i == j) for j in range(len(gramian))] for i in moved]
     matrix, scale = rescaled(gramian)
     inside = [[matrix[j][k] for k in kept] for j in kept]
     rounds = 1 if not kept or _is_well_conditioned(inside) else ROUNDS
@@ -63,7 +65,7 @@ def cone_coefficients(
 
 def gh_of_few(gramian: Rows) -> Rows:
     """Coefficients of GH for at most two tasks: eq. 29 as it stands."""
-    if not _is_finite(gramian):
+    if not is_finite(gramian):
         return [[math.nan] * len(gramian) for _ in gramian]
     # At least this, to spare 0 / 0.
     squares = [max(row[task], sys.float_info.min) for task, row in enumerate(gramian)]
@@ -102,7 +104,7 @@ def rotation(gramian: Rows, lam: float | None, resolution: float) -> Rows:
         lam: share of the turn that the first takes; None: the balanced one.
         resolution: sine below which the two count as opposite.
     """
-    if not _is_finite(gramian):
+    if not is_finite(gramian):
         return [[math.nan] * 2] * 2
     ((square, product), (_, other)), scale = rescaled(gramian)
     if product >= 0:
@@ -124,7 +126,8 @@ def rotation(gramian: Rows, lam: float | None, resolution: float) -> Rows:
     ]
 
 
-def _is_finite(gramian: Rows) -> bool:
+def is_finite(gramian: Rows) -> bool:
+    """Say whether no entry is infinite or NaN, and neither is their sum."""
     return math.isfinite(sum(map(sum, gramian)))
 
 

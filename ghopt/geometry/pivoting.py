@@ -64,12 +64,12 @@ def pivoted(
     Returns:
         None if pivoting did not settle: rounding may be in the way.
     """
-    right = -products
-    active = (right > 0) & ~own
+    right, others = -products, ~own
+    active = (right > 0) & others
     solver, rows = None, torch.zeros_like(products)
     for _ in range(rounds):
         before = rows
-        found = _settled(system, right, own, active, solver)
+        found = _settled(system, right, others, active, solver)
         if found is None:
             return None
         active, solver, rows = found
@@ -81,14 +81,14 @@ def pivoted(
 
 
 def _settled(
-    system: Tensor, right: Tensor, own: Tensor, active: Tensor, solver: Solver | None
+    system: Tensor, right: Tensor, others: Tensor, active: Tensor, solver: Solver | None
 ) -> tuple[Tensor, Solver, Tensor] | None:
     """Find the active sets, as :mod:`ghopt.geometry.host` does for one row."""
-    fewest, patience = [own.shape[1] + 1] * len(own), [PATIENCE] * len(own)
+    fewest, patience = [others.shape[1] + 1] * len(others), [PATIENCE] * len(others)
     for _ in range(STEPS):
         solver = solver or Solver(system, active)
         rows = solver(right)
-        misplaced = _misplaced(system, right, active, own, rows)
+        misplaced = _misplaced(system, right, active, others, rows)
         counts = misplaced.sum(1).tolist()
         if not any(counts):
             return active, solver, rows
@@ -107,9 +107,9 @@ def _settled(
 
 
 def _misplaced(
-    system: Tensor, right: Tensor, active: Tensor, own: Tensor, rows: Tensor
+    system: Tensor, right: Tensor, active: Tensor, others: Tensor, rows: Tensor
 ) -> Tensor:
     """Say which tasks are on the wrong side of the active set of a row, ``[R, P]``."""
     slopes = torch.addmm(right, rows, system, alpha=-1)
     noise = rows.sum(1, keepdim=True).add_(1).mul_(4 * _EPS)
-    return torch.where(active, rows < 0, slopes > noise) & ~own
+    return torch.where(active, rows < 0, slopes > noise) & others
