@@ -20,7 +20,10 @@ from ghopt import geometry
 from ghopt.geometry import cone, frames, matrices
 
 DEVICE = torch.device("mps", 0)
-_WHERE_VALUES_ARE_READ = (geometry, cone, frames, matrices)
+_READS = {
+    "reading_is_free": (geometry, cone, matrices),
+    "nobody_watches": (geometry, frames, matrices),
+}
 _WIDE = (torch.float64, torch.complex128)
 
 
@@ -28,10 +31,9 @@ _WIDE = (torch.float64, torch.complex128)
 def nothing_read() -> Iterator[None]:
     """Let the rules read no value of a Gramian, as on any device."""
     with ExitStack() as stack:
-        for module in _WHERE_VALUES_ARE_READ:
-            stack.enter_context(
-                patch.object(module, "reading_is_free", return_value=False)
-            )
+        for name, modules in _READS.items():
+            for module in modules:
+                stack.enter_context(patch.object(module, name, return_value=False))
         yield
 
 

@@ -4,6 +4,7 @@ Both are judged as on a device in the other files on geometry, too. Here: that a
 give the same for any number of tasks, and what happens where pivoting has no way out.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from unittest.mock import patch
@@ -182,7 +183,7 @@ def test_a_gramian_is_scaled_alike_whether_values_are_read(
     assert ((diagonal >= 0.5) & (diagonal < 2)).all()
 
 
-@given(jacobians() | many_tasks(11, 14))
+@given(jacobians(2) | many_tasks(11, 14))
 @fewer_examples
 def test_the_bound_of_the_lowest_eigenvalue_is_one(jacobian: Tensor) -> None:
     system, _ = rescaled(gramian(jacobian))
@@ -195,3 +196,94 @@ def test_the_bound_is_of_use_for_gradients_that_are_no_more_than_random() -> Non
     rows = torch.randn(12, 48, generator=torch.Generator().manual_seed(0))
     system, _ = rescaled(gramian(rows))
     assert _bound_of_lowest(system) > RESOLVED
+
+
+@pytest.mark.parametrize("square", [0.5, 1.99])
+def test_the_bound_of_a_thousand_tasks_is_a_number(square: float) -> None:
+    system = square * torch.eye(1100, dtype=torch.float64)
+    assert _bound_of_lowest(system) == pytest.approx(square / math.e, rel=0.01)
+
+
+# What is read, and what looks on
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@given(st.integers(3, 10), st.integers(0, 7), seeds)
+@fewer_examples
+def test_values_that_are_read_change_no_rule(
+    dtype: torch.dtype, tasks: int, more: int, seed: int
+) -> None:
+    """In fewer dimensions than tasks the Gramian is singular but for its rounding."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(tasks, max(2, tasks - 3) + more, generator=generator)
+    rounded = gramian(rows).to(dtype)
+    found = geometry._ghpp(rounded, 0.5)
+    with nothing_read():
+        expected = geometry._ghpp(rounded, 0.5)
+    assert_close(found, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
+
+
+def test_what_rounding_to_sixteen_bits_leaves_of_dependence_is_dropped() -> None:
+    generator = torch.Generator().manual_seed(5)
+    rows = torch.randn(3, 2, generator=generator, dtype=torch.float64)
+    exact = geometry.ghpp(gramian(rows))
+    rounded = geometry.ghpp(gramian(rows).bfloat16())
+    assert_close(rounded.double(), exact, rtol=0, atol=0.05)
+
+
+def of_three() -> Tensor:
+    rows = torch.randn(3, 12, generator=torch.Generator().manual_seed(1))
+    products = gramian(rows)
+    assert (products < 0).any()
+    return products
+
+
+@pytest.mark.parametrize("tasks", [1, 3, 12])
+def test_ghpp_maps_over_gramians(tasks: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(4, tasks, 2 * tasks, generator=generator)
+    several = rows.double() @ rows.double().mT
+    expected = torch.stack([geometry.ghpp(one) for one in several])
+    assert_close(torch.vmap(geometry.ghpp)(several), expected)
+
+
+def test_ghpp_of_three_has_a_derivative() -> None:
+    jacobian = torch.func.jacrev(geometry.ghpp)(of_three())
+    shift = torch.zeros(3, 3, dtype=torch.float64)
+    shift[0, 1] = shift[1, 0] = 1e-6
+    above, below = (geometry.ghpp(of_three() + sign * shift) for sign in (1, -1))
+    expected = (above - below) / 2e-6
+    assert_close(jacobian[:, 0, 1] + jacobian[:, 1, 0], expected, rtol=1e-6, atol=1e-6)
+    watched = of_three().requires_grad_()
+    (found,) = torch.autograd.grad(geometry.ghpp(watched).sum(), watched)
+    assert_close(found, jacobian.sum(0))
+
+
+@pytest.mark.parametrize("tasks", [3, 12])
+def test_ghpp_compiles_as_one_graph_for_all_values(tasks: int) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(geometry.ghpp, fullgraph=True, backend="eager")
+    generator = torch.Generator().manual_seed(0)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(3):
+            products = gramian(torch.randn(tasks, 3 * tasks, generator=generator))
+            assert_close(compiled(products), geometry.ghpp(products))
+
+
+@pytest.mark.parametrize("rule", [geometry.gh, geometry.ghpp, geometry.ghpp_printed])
+def test_a_gramian_that_requires_grad_is_taken_without_a_warning(
+    rule: Callable[[Tensor], Tensor],
+) -> None:
+    tasks = 2 if rule is geometry.ghpp_printed else 12
+    products = torch.eye(tasks, dtype=torch.float64)
+    products[0, 1] = products[1, 0] = -0.5
+    assert_close(rule(products.clone().requires_grad_()).detach(), rule(products))
+
+
+@pytest.mark.parametrize("tasks", [3, 12])
+def test_a_gramian_of_eight_bits_is_taken(tasks: int) -> None:
+    products = torch.eye(tasks)
+    products[0, 1] = products[1, 0] = -0.5
+    found = geometry.gh(products.to(torch.float8_e4m3fn))
+    assert found.dtype == torch.float8_e4m3fn
+    assert_close(found.float(), geometry.gh(products), rtol=0.1, atol=0)

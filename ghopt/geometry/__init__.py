@@ -42,7 +42,12 @@ from ghopt.geometry.frames import (
     resolution_of,
     rotation,
 )
-from ghopt.geometry.matrices import identity, reading_is_free, rescaled
+from ghopt.geometry.matrices import (
+    identity,
+    nobody_watches,
+    reading_is_free,
+    rescaled,
+)
 
 _MOST_READ = 10  # with more tasks, calls of torch are faster than floats one by one
 
@@ -395,7 +400,7 @@ def _read(gramian: Tensor) -> host.Rows | None:
 
 def _is_without_conflict(gramian: Tensor) -> bool:
     """Say whether no two conflict, where that is free to ask; else no."""
-    return reading_is_free(gramian) and not bool((gramian < 0).any())
+    return nobody_watches(gramian) and not bool((gramian.double() < 0).any())
 
 
 def _checked(name: str, numbers: Sequence[int] | None, count: int) -> list[int]:
@@ -428,7 +433,7 @@ def _ghpp(gramian: Tensor, lam: float) -> Tensor:
     if len(gramian) == 2:
         return _rotation(gramian, lam)
     resolution = resolution_of(gramian.dtype)
-    values = _read(gramian)
+    values = _read(gramian) if nobody_watches(gramian) else None
     if values:
         return frame_of_few(values, resolution)
     if _is_without_conflict(gramian):

@@ -64,7 +64,7 @@ def _by_pivoting(
     """Do so on the CPU; None where exchanges of many tasks at once lead nowhere."""
     lowest = _bound_of_lowest(system)
     if lowest <= RESOLVED:
-        lowest = float(torch.linalg.eigvalsh(system)[0])
+        lowest = torch.linalg.eigvalsh(system)[0].item()
     if lowest > RESOLVED:
         return pivoting.pivoted(system, products, own, torch.zeros_like(ridge), 1)
     if lowest > -RIDGE / 4:  # the ridge is twice that at least
@@ -80,9 +80,10 @@ def _bound_of_lowest(system: Tensor) -> float:
     factor, stopped = torch.linalg.cholesky_ex(system)
     if stopped:
         return 0.0
-    roots: list[float] = factor.diagonal().tolist()
-    rest, trace = len(system) - 1, float(system.trace())
-    return math.prod(roots) ** 2 * (rest / trace) ** rest
+    rest, trace = len(system) - 1, system.trace().item()
+    # As a sum: a product of a thousand could overflow.
+    logs = 2 * sum(map(math.log, factor.diagonal().tolist()))
+    return math.exp(logs + rest * math.log(rest / trace))
 
 
 def _enumerated(system: Tensor, own: Tensor) -> Callable[[Tensor], Tensor]:

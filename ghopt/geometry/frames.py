@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ghopt.geometry import host
 from ghopt.geometry.cone import RESOLVED
-from ghopt.geometry.matrices import determinant, identity, reading_is_free
+from ghopt.geometry.matrices import determinant, identity, nobody_watches
 
 
 def rotation(
@@ -86,8 +86,9 @@ def frame_of_few(gramian: host.Rows, resolution: float) -> Tensor:
         return unit
     allowed = [[max(value, 0.0) for value in row] for row in cosines]
     both = torch.tensor([cosines, allowed], dtype=torch.float64, device="cpu")
+    low = max(RESOLVED, _least_spanned(count, resolution))
     # No eigenvalue is higher than what the most opposite two leave.
-    moved = _moved_by_factors(both) if 1 + least > RESOLVED else None
+    moved = _moved_by_factors(both, low) if 1 + least > low else None
     if moved is None:
         moved = _moved_by_roots(both[0], resolution)
     lengths = [norm / factor for norm, factor in zip(norms, scale, strict=True)]
@@ -100,7 +101,7 @@ def frame_of_few(gramian: host.Rows, resolution: float) -> Tensor:
     return moved
 
 
-def _moved_by_factors(both: Tensor) -> Tensor | None:
+def _moved_by_factors(both: Tensor, low: float) -> Tensor | None:
     """Transport of :func:`frame` by Cholesky factors: where values may be read.
 
     With ``C = L L^T``, ``P = R R^T`` and the polar factor W of ``L^T R`` the transport is
@@ -108,14 +109,15 @@ def _moved_by_factors(both: Tensor) -> Tensor | None:
 
     Args:
         both: C and P, ``[2, K, K]``.
+        low: what no eigenvalue may be below.
 
     Returns:
-        None if an eigenvalue of one may be too low.
+        None if one of C or P may be.
     """
     factors, stopped = torch.linalg.cholesky_ex(both)
     roots = factors.diagonal(dim1=1, dim2=2).prod(1)
     # The least of K eigenvalues, with a sum of K, is at least the determinant over e.
-    if any(stopped.tolist()) or min(roots.tolist()) ** 2 < math.e * RESOLVED:
+    if any(stopped.tolist()) or min(roots.tolist()) ** 2 < math.e * low:
         return None
     own, aimed = factors
     left, _, right = torch.linalg.svd(own.mT @ aimed)
@@ -128,11 +130,10 @@ def _moved_by_factors(both: Tensor) -> Tensor | None:
 def _moved_by_roots(cosines: Tensor, resolution: float) -> Tensor:
     """Transport of :func:`frame` by symmetric roots, which may be those of singular ones."""
     eps = len(cosines) * torch.finfo(cosines.dtype).eps
+    least = _least_spanned(len(cosines), resolution)
     # Both at once: a device is waited for only once.
     values, vectors = torch.linalg.eigh(torch.stack([cosines, cosines.clamp(min=0)]))
-    # sin(theta)**2 / 2 is the lowest eigenvalue of two nearly opposite unit gradients.
-    least = resolution**2 * len(cosines) / 4
-    if reading_is_free(values):
+    if nobody_watches(values):
         roots = values.new_tensor(_roots_read(*values.tolist(), least=least, eps=eps))
     else:
         roots = _roots(values[0], values[1], least, eps)
@@ -145,6 +146,14 @@ def _moved_by_roots(cosines: Tensor, resolution: float) -> Tensor:
     polar = left * (stretch > eps) @ right
     moved: Tensor = span @ allowed_root @ polar.mT @ inverse_root
     return moved
+
+
+def _least_spanned(count: int, resolution: float) -> float:
+    """Eigenvalue of the cosines of so many gradients that counts as zero.
+
+    sin(theta)**2 / 2 is the lowest of two nearly opposite unit gradients.
+    """
+    return resolution**2 * count / 4
 
 
 def _roots(own: Tensor, aimed: Tensor, least: float, eps: float) -> Tensor:

@@ -8,6 +8,13 @@ from torch import Tensor
 
 _Number = TypeVar("_Number", float, Tensor)
 
+# Of vmap, jvp and the like; torch promises no name for it.
+_is_transformed = getattr(
+    getattr(torch._C, "_functorch", None),
+    "is_functorch_wrapped_tensor",
+    lambda _: False,
+)
+
 
 def reading_is_free(tensor: Tensor) -> bool:
     """Say whether the host may read values.
@@ -15,6 +22,19 @@ def reading_is_free(tensor: Tensor) -> bool:
     On a device that would wait for it, and a subclass of tensors may hold none.
     """
     return type(tensor) is Tensor and tensor.device.type == "cpu"
+
+
+def nobody_watches(tensor: Tensor) -> bool:
+    """Say whether a value that is read is lost to nobody: reading is free, and is all.
+
+    A derivative, a map over Gramians or a compiled graph would miss what floats compute.
+    """
+    return (
+        reading_is_free(tensor)
+        and not tensor.requires_grad
+        and not torch.compiler.is_compiling()
+        and not _is_transformed(tensor)
+    )
 
 
 def rescaled(gramian: Tensor) -> tuple[Tensor, Tensor]:
@@ -26,7 +46,7 @@ def rescaled(gramian: Tensor) -> tuple[Tensor, Tensor]:
     it. The rules make their results NaN then.
     """
     gramian = gramian.double()
-    if reading_is_free(gramian):
+    if nobody_watches(gramian):
         squares = gramian.diagonal().tolist()
         if min(squares) > 0 and math.isfinite(gramian.sum()):
             # As below, in a third of the calls.
