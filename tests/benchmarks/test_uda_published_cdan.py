@@ -16,12 +16,12 @@ from benchmarks.uda.data import Batch, Task, batches
 from benchmarks.uda.data.published import load_whole
 from benchmarks.uda.methods import published_cdan as methods
 from benchmarks.uda.methods.networks import Networks
-from benchmarks.uda.methods.published_cdan import CdanTraining, build_cdan
+from benchmarks.uda.methods.published_cdan import CdanTraining, build_cdan, cdan_pair
 from benchmarks.uda.methods.rules import RULES
 from benchmarks.uda.methods.steps import Config
 from benchmarks.uda.runs import published as runs
 from benchmarks.uda.runs.published import key_of_published, run
-from tests.benchmarks.modules import without_dropout
+from tests.benchmarks.modules import values, without_dropout
 
 STEPS = 20
 RISE = 100
@@ -34,9 +34,10 @@ def task(large_task: Task) -> Task:
 
 
 @pytest.fixture(autouse=True)
-def _short_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert methods.RISE == 10_000
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (methods.RISE, methods.HIDDEN) == (10_000, 500)
     monkeypatch.setattr(methods, "EPOCH", 2)
+    monkeypatch.setattr(methods, "HIDDEN", 16)  # fast
     monkeypatch.setattr(methods, "RISE", RISE)
 
 
@@ -114,7 +115,9 @@ def cdan_literally(stream: list[Batch], decay_epoch: int) -> Networks:
 
 
 @pytest.mark.parametrize(("name", "every"), [("usps-mnist", 6), ("mnist-usps", 5)])
-def test_ten_epochs_are_the_published_ones(name: str, every: int, task: Task) -> None:
+def test_the_steps_of_ten_epochs_are_the_published_ones(
+    name: str, every: int, task: Task
+) -> None:
     stream = [
         Batch(one.source.double(), one.labels, one.target.double())
         for one in batches(task, 8, STEPS, seed=0)
@@ -129,8 +132,26 @@ def test_ten_epochs_are_the_published_ones(name: str, every: int, task: Task) ->
         torch.testing.assert_close(tensor, theirs[key], rtol=1e-9, atol=1e-12)
 
 
-def test_the_networks_are_the_published_ones() -> None:
+def test_the_networks_are_the_published_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(methods, "HIDDEN", 500)
     networks = build_cdan(0)
+    leaves = [one for one in networks.generator.modules() if not [*one.children()]]
+    assert [str(one).split(", stride")[0] for one in leaves[1:]] == [
+        "Conv2d(1, 20, kernel_size=(5, 5)",
+        "MaxPool2d(kernel_size=2",
+        "ReLU()",
+        "Conv2d(20, 50, kernel_size=(5, 5)",
+        "Dropout2d(p=0.5, inplace=False)",
+        "MaxPool2d(kernel_size=2",
+        "ReLU()",
+        "Flatten(start_dim=1, end_dim=-1)",
+        "Linear(in_features=800, out_features=500, bias=True)",
+        "ReLU()",
+        "Dropout(p=0.5, inplace=False)",
+    ]
+    assert (
+        str(networks.heads[0]) == "Linear(in_features=500, out_features=10, bias=True)"
+    )
     layers = [type(one).__name__ for one in networks.discriminator.children()]
     hidden = ["Linear", "ReLU", "Dropout"]
     assert layers == [*hidden, *hidden, "Linear"]
@@ -140,6 +161,7 @@ def test_the_networks_are_the_published_ones() -> None:
             scale = math.sqrt(2 / (linear.in_features + linear.out_features))
             assert float(linear.weight.detach().std()) == pytest.approx(scale, rel=0.1)
             assert float(linear.weight.detach().abs().max()) > 2 * scale
+            assert not linear.bias.any()
     counts = [
         sum(one.numel() for one in part.parameters())
         for part in (networks.generator, networks.heads, networks.discriminator)
@@ -147,30 +169,59 @@ def test_the_networks_are_the_published_ones() -> None:
     assert counts == [426_070, 5010, 2_751_501]
 
 
-def test_the_losses_are_harmonized_on_g_alone(task: Task) -> None:
-    stream = [
-        Batch(one.source.double(), one.labels, one.target.double())
-        for one in batches(task, 8, STEPS, seed=0)
+def test_g_takes_the_step_of_gh_and_all_else_that_of_the_sum(task: Task) -> None:
+    config = replace(config_of("gh"), momentum=0.0, weight_decay=0.0)
+    training = exact(config)
+    networks = training.networks
+    conflicts = 0
+    for done, one in enumerate(batches(task, 8, STEPS, seed=0)):
+        batch = Batch(one.source.double(), one.labels, one.target.double())
+        before = values(networks)
+        pair = cdan_pair(networks, batch, done)
+        gradients = [
+            torch.autograd.grad(
+                loss, list(networks.parameters()), retain_graph=True, allow_unused=True
+            )
+            for loss in pair
+        ]
+        training.step(batch)
+        if done < 2:  # the first epoch has one loss
+            continue
+        count = len(list(networks.generator.parameters()))
+        flat = [torch.cat([g.flatten() for g in own[:count]]) for own in gradients]
+        product = float(flat[0] @ flat[1])
+        weights = [1 + max(0.0, -product) / float(own @ own) for own in flat]
+        conflicts += product < 0
+        for place, parameter in enumerate(networks.parameters()):
+            factors = weights if place < count else [1.0, 1.0]
+            step = torch.zeros_like(parameter)
+            for factor, own in zip(factors, gradients, strict=True):
+                found = own[place]
+                step = step if found is None else step + factor * found
+            rate = 0.01 / 2 ** ((1 + done // 2) // 6 if place < count + 2 else 0)
+            torch.testing.assert_close(before[place] - parameter, rate * step)
+    assert conflicts
+
+
+def test_alignment_comes_first(task: Task) -> None:
+    networks = exact(config_of()).networks
+    one = next(batches(task, 8, 1, seed=0))
+    batch = Batch(one.source.double(), one.labels, one.target.double())
+    features = networks.generator(torch.cat([batch.source, batch.target]))
+    logits = networks.heads[0](features)
+    alignment = alignment_literally(networks, features, logits.softmax(1), 5, 6)
+    pair = cdan_pair(networks, batch, 6)
+    torch.testing.assert_close(pair.alignment, alignment)
+    expected = F.cross_entropy(logits[:8], batch.labels)
+    torch.testing.assert_close(pair.classification, expected)
+
+
+def test_each_epoch_is_evaluated() -> None:
+    (config,) = command.make_configs("usps-mnist", ["CDAN+E"], ["sum"], 1)
+    evaluated = [
+        done for done in range(1, config.steps + 1) if config.is_evaluated(done)
     ]
-    plain, gh = exact(config_of()), exact(config_of("gh"))
-    conflict = False
-    for batch in stream:
-        before = plain.state()
-        for training in (plain, gh):
-            training.step(batch)
-        gh.state()
-        conflict = bool(gh.rows) and gh.rows[-1][1] < 0
-        if conflict:
-            break
-        assert before["done"] < STEPS
-    assert conflict
-    first, other = plain.networks, gh.networks
-    parts = [(first.heads, other.heads), (first.discriminator, other.discriminator)]
-    for one, same in parts:
-        for a, b in zip(one.parameters(), same.parameters(), strict=True):
-            torch.testing.assert_close(a, b)
-    pairs = zip(first.generator.parameters(), other.generator.parameters(), strict=True)
-    assert not all(torch.allclose(a, b) for a, b in pairs)
+    assert evaluated == [937 * epoch for epoch in range(1, 51)]
 
 
 def test_the_rules_find_the_same_first_pair(task: Task) -> None:

@@ -6,16 +6,24 @@ Long et al., "Conditional Adversarial Domain Adaptation", NeurIPS 2018; ``pytorc
 * Networks: :func:`build_cdan` (``network.py``).
 * 64 images of each domain a step, 50 epochs of as many steps as MNIST has batches
   (``README.md``, ``train_uspsmnist.py``).
-* SGD with momentum 0.9 and weight decay 5e-4. The rate is 0.01, of G and the head halved
-  every 6 epochs from USPS to MNIST and every 5 in reverse; the discriminator's stays
-  (``train_uspsmnist.py``).
+* SGD with momentum 0.9 and weight decay 5e-4. The rate is 0.01. That of G and the head is
+  halved when epochs 6, 12, ... 48 begin from USPS to MNIST, 5, 10, ... 50 in reverse; the
+  discriminator's stays (``train_uspsmnist.py``).
 * The first epoch is on the source alone (``train_uspsmnist.py``).
 * Two reversals, of other strengths: of the discriminator's input, and of the entropy that
-  weighs the examples. The first begins at 0, the second one epoch further (``loss.py``,
-  ``network.py``). The predictions in the outer product are constants (``loss.py``).
+  weighs the examples. The first counts the discriminator's calls, the second all steps, so
+  that it begins an epoch further (``loss.py``, ``network.py``). The predictions in the outer
+  product are constants (``loss.py``).
 
-Not as there, but the same in distribution: the target passes through G in no step of the
-first epoch.
+Not as there:
+
+* The target passes through G in no step of the first epoch: the same in distribution.
+* Their images were files of JPEG, and were scaled in 8 bits. Ours are the pixels, scaled in
+  floats. (Their files of USPS were not at hand. That they have its 16x16 pixels, which fill
+  the frame, is inferred from the order of their labels and from what makes the files.)
+* Theirs begins USPS's images anew with each epoch, ours when all were seen.
+* The discriminator's cross entropy is of logits, theirs of probabilities, which gives no
+  gradient where a logit is above 17 or so.
 """
 
 from typing import Any
