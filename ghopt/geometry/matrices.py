@@ -46,7 +46,8 @@ def rescaled(gramian: Tensor) -> tuple[Tensor, Tensor]:
     it. The rules make their results NaN then.
     """
     gramian = gramian.double()
-    if nobody_watches(gramian):
+    # Of two tasks no value decides how many operations run, on the CPU either.
+    if len(gramian) > 2 and nobody_watches(gramian):
         squares = gramian.diagonal().tolist()
         if min(squares) > 0 and math.isfinite(gramian.sum()):
             # As below, in a third of the calls.
