@@ -25,7 +25,7 @@ def reading_is_free(tensor: Tensor) -> bool:
 
 
 def nobody_watches(tensor: Tensor) -> bool:
-    """Say whether a value that is read is lost to nobody: reading is free, and is all.
+    """Say whether reading is free, and the rest may be computed in floats.
 
     A derivative, a map over Gramians or a compiled graph would miss what floats compute.
     """
