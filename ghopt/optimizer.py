@@ -88,7 +88,7 @@ class HarmonizedOptimizer(Wrapper):
         passes: ``"auto"`` looks at the graph of the losses before the first pass of a
             step, on the CPU, and takes what is faster and gives the same to rounding.
             Linear layers with so few rows (batch x positions) that it is less work and
-            memory get their weight gradients once for all tasks. In small networks four
+            memory get their weight gradients once for all tasks. In small networks five
             tasks or more share one pass through what they have in common. All else takes
             a pass for each task, as everything does with ``"separate"``: with hooks on what
             would be shared, functions of your own, checkpoints, compiled parts,
