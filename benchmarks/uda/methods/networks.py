@@ -171,6 +171,13 @@ def _transformer(size: int) -> tuple[nn.Module, int]:
 _LENETS = {SIZE: _small_lenet, LARGE: lenet}
 
 
+def adversary(first: nn.Linear, second: nn.Linear, last: nn.Linear) -> nn.Sequential:
+    """Make a published discriminator of three layers, which drops half of its units."""
+    return nn.Sequential(
+        first, nn.ReLU(), nn.Dropout(), second, nn.ReLU(), nn.Dropout(), last
+    )
+
+
 def _perceptron(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(inputs, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, outputs)

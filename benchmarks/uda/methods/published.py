@@ -49,6 +49,7 @@ from benchmarks.uda.methods.networks import (
     CLASSES,
     ChannelsLast,
     Networks,
+    adversary,
     in_channels_last,
 )
 from benchmarks.uda.methods.rules import find_rule
@@ -160,10 +161,7 @@ def _discriminator() -> nn.Sequential:
     for linear, spread in zip(linears, (0.01, 0.01, 0.3), strict=True):
         nn.init.normal_(linear.weight, std=spread)
         nn.init.zeros_(linear.bias)
-    first, second, last = linears
-    return nn.Sequential(
-        first, nn.ReLU(), nn.Dropout(), second, nn.ReLU(), nn.Dropout(), last
-    )
+    return adversary(*linears)
 
 
 class PublishedBalance:

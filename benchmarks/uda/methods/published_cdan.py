@@ -47,6 +47,7 @@ from benchmarks.uda.methods.networks import (
     CLASSES,
     ChannelsLast,
     Networks,
+    adversary,
     in_channels_last,
     lenet,
     reverse_gradient,
@@ -88,10 +89,7 @@ def _discriminator(features: int) -> nn.Sequential:
     for linear in linears:
         nn.init.xavier_normal_(linear.weight)
         nn.init.zeros_(linear.bias)
-    first, second, last = linears
-    return nn.Sequential(
-        first, nn.ReLU(), nn.Dropout(), second, nn.ReLU(), nn.Dropout(), last
-    )
+    return adversary(*linears)
 
 
 class CdanTraining:
