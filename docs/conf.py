@@ -26,6 +26,9 @@ myst_enable_extensions = ["deflist", "dollarmath"]
 myst_heading_anchors = 3
 # Notebooks run when the pages are built; one that fails, or warns, fails the build.
 nb_execution_mode = "force"
+# For each cell. The first imports torch, and that alone may take longer than the default of
+# 30 s where the disk is cold and the cores are busy.
+nb_execution_timeout = 600
 nb_execution_raise_on_error = True
 nb_output_stderr = "remove-warn"
 # Pictures of the gallery: drawn by the code beside them.

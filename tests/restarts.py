@@ -27,7 +27,7 @@ EVERY = 3
 def main(folder: Path, doomed: int) -> None:
     """Train, with a checkpoint every few steps."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=20))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     rank, size = dist.get_rank(), dist.get_world_size()
     model = models.make(models.heads_on_a_trunk, 2)
     ddp = DistributedDataParallel(model)

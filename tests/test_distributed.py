@@ -1600,7 +1600,7 @@ def run_job(folder: Path, doomed: int) -> list[dict[str, Tensor]]:
     # Else torchrun keeps its store, where restarted ranks may find addresses of dead ones.
     fresh = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     subprocess.run(
-        command, check=True, timeout=100, env=os.environ | fresh, capture_output=True
+        command, check=True, timeout=600, env=os.environ | fresh, capture_output=True
     )
     return [torch.load(folder / f"weights{rank}.pt") for rank in range(2)]
 

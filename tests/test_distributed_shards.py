@@ -249,7 +249,7 @@ def pass_of_unlike_losses(how: str) -> str:
     ],
 )
 def test_a_rank_that_fails_before_its_passes_lets_no_other_wait(how: str) -> None:
-    first, second = run_on_ranks(2, pass_of_unlike_losses, how, timeout=20)
+    first, second = run_on_ranks(2, pass_of_unlike_losses, how)
     assert "rank(s) [1] failed" in first
     assert ("0 * out.sum()" in first) == ("as a group" not in how)
     assert second.startswith("losses")
@@ -275,7 +275,7 @@ def test_a_rank_that_fails_before_its_passes_lets_no_other_wait(how: str) -> Non
 def test_a_rank_that_would_skip_a_pass_is_named(
     how: str, size: int, message: str
 ) -> None:
-    for error in run_on_ranks(size, pass_of_unlike_losses, how, timeout=20):
+    for error in run_on_ranks(size, pass_of_unlike_losses, how):
         assert message in error
         assert bool(error) == bool(message)
         assert ("0 * out.sum()" in error) == ("without" in message)

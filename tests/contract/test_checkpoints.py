@@ -442,7 +442,7 @@ def test_training_goes_on_bit_identically_after_its_process_is_killed(
         [sys.executable, "-c", f"from {__name__} import *; {call}"],
         cwd=Path(__file__).parents[2],
         check=False,
-        timeout=120,
+        timeout=600,
     )
     assert child.returncode == -signal.SIGKILL
     half = path.with_suffix(".new")
