@@ -20,10 +20,7 @@ from ghopt import geometry
 from ghopt.geometry import cone, frames, matrices
 
 DEVICE = torch.device("mps", 0)
-_READS = {
-    "reading_is_free": (geometry, cone, matrices),
-    "nobody_watches": (geometry, frames, matrices),
-}
+_READ_IN = (geometry, cone, frames, matrices)
 _WIDE = (torch.float64, torch.complex128)
 
 
@@ -31,9 +28,10 @@ _WIDE = (torch.float64, torch.complex128)
 def nothing_read() -> Iterator[None]:
     """Let the rules read no value of a Gramian, as on any device."""
     with ExitStack() as stack:
-        for name, modules in _READS.items():
-            for module in modules:
-                stack.enter_context(patch.object(module, name, return_value=False))
+        for module in _READ_IN:
+            stack.enter_context(
+                patch.object(module, "nobody_watches", return_value=False)
+            )
         yield
 
 

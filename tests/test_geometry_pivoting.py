@@ -5,6 +5,7 @@ give the same for any number of tasks, and what happens where pivoting has no wa
 """
 
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from unittest.mock import patch
@@ -231,43 +232,87 @@ def test_what_rounding_to_sixteen_bits_leaves_of_dependence_is_dropped() -> None
     assert_close(rounded.double(), exact, rtol=0, atol=0.05)
 
 
-def of_three() -> Tensor:
-    rows = torch.randn(3, 12, generator=torch.Generator().manual_seed(1))
-    products = gramian(rows)
-    assert (products < 0).any()
-    return products
+Rule = Callable[[Tensor], Tensor]
+RULES: dict[Rule, tuple[int, ...]] = {
+    geometry.gh: (1, 2, 3, 8, 9, 12),
+    geometry.ghpp: (1, 2, 3, 8, 9, 12),
+    geometry.ghpp_balanced: (1, 2),
+    geometry.ghpp_printed: (1, 2),
+}
+every_rule = pytest.mark.parametrize(
+    ("rule", "tasks"), [(rule, tasks) for rule in RULES for tasks in RULES[rule]]
+)
 
 
-@pytest.mark.parametrize("tasks", [1, 3, 12])
-def test_ghpp_maps_over_gramians(tasks: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(4, tasks, 2 * tasks, generator=generator)
-    several = rows.double() @ rows.double().mT
-    expected = torch.stack([geometry.ghpp(one) for one in several])
-    assert_close(torch.vmap(geometry.ghpp)(several), expected)
+def in_conflict(tasks: int, seed: int) -> Tensor:
+    rows = torch.randn(tasks, 4 * tasks, generator=torch.Generator().manual_seed(seed))
+    rows[-1] -= 0.5 * rows[0]
+    return gramian(rows)
 
 
-def test_ghpp_of_three_has_a_derivative() -> None:
-    jacobian = torch.func.jacrev(geometry.ghpp)(of_three())
-    shift = torch.zeros(3, 3, dtype=torch.float64)
-    shift[0, 1] = shift[1, 0] = 1e-6
-    above, below = (geometry.ghpp(of_three() + sign * shift) for sign in (1, -1))
-    expected = (above - below) / 2e-6
-    assert_close(jacobian[:, 0, 1] + jacobian[:, 1, 0], expected, rtol=1e-6, atol=1e-6)
-    watched = of_three().requires_grad_()
-    (found,) = torch.autograd.grad(geometry.ghpp(watched).sum(), watched)
+def steepness(rule: Rule, products: Tensor) -> Tensor:
+    """Give the derivatives of all weights, ``[K, K, K]``, along symmetric changes."""
+    tasks = len(products)
+    found = products.new_zeros(tasks, tasks, tasks)
+    for i in range(tasks):
+        for j in range(tasks):
+            shift = torch.zeros_like(products)
+            shift[i, j] += 1e-6
+            shift[j, i] += 1e-6
+            found[:, i, j] = (rule(products + shift) - rule(products - shift)) / 2e-6
+    return found
+
+
+@every_rule
+def test_rules_map_over_gramians(rule: Rule, tasks: int) -> None:
+    several = torch.stack([in_conflict(tasks, seed) for seed in range(4)])
+    expected = torch.stack([rule(one) for one in several])
+    assert_close(torch.vmap(rule)(several), expected)
+
+
+@every_rule
+def test_rules_have_their_derivatives(rule: Rule, tasks: int) -> None:
+    products = in_conflict(tasks, 0)
+    expected = steepness(rule, products)
+    jacobian = torch.func.jacrev(rule)(products)
+    assert_close(jacobian + jacobian.mT, expected, rtol=1e-5, atol=1e-6)
+    assert tasks == 1 or expected.abs().max() > 0.01
+    watched = products.clone().requires_grad_()
+    (found,) = torch.autograd.grad(rule(watched).sum(), watched)
     assert_close(found, jacobian.sum(0))
 
 
-@pytest.mark.parametrize("tasks", [3, 12])
-def test_ghpp_compiles_as_one_graph_for_all_values(tasks: int) -> None:
+def test_a_zero_gradient_spoils_no_derivative_of_others() -> None:
+    products = torch.zeros(4, 4, dtype=torch.float64)
+    products[:3, :3] = in_conflict(3, 0)
+    jacobian = torch.func.jacrev(geometry.gh)(products)[:3, :3, :3]
+    assert_close(jacobian, torch.func.jacrev(geometry.gh)(products[:3, :3]))
+
+
+@every_rule
+def test_rules_compile_to_the_same_graphs_for_all_values(
+    rule: Rule, tasks: int
+) -> None:
+    """As one graph, but for GH of more than eight tasks: its steps run as they are."""
     torch._dynamo.reset()
-    compiled = torch.compile(geometry.ghpp, fullgraph=True, backend="eager")
-    generator = torch.Generator().manual_seed(0)
+    whole = rule is not geometry.gh or tasks <= 8
+    compiled = torch.compile(rule, fullgraph=whole, backend="eager")
+    assert_close(compiled(in_conflict(tasks, 0)), rule(in_conflict(tasks, 0)))
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for _ in range(3):
-            products = gramian(torch.randn(tasks, 3 * tasks, generator=generator))
-            assert_close(compiled(products), geometry.ghpp(products))
+        for seed in range(1, 4):
+            products = in_conflict(tasks, seed)
+            assert_close(compiled(products), rule(products))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a compiler")
+@pytest.mark.parametrize("tasks", [2, 3])
+@pytest.mark.parametrize("rule", [geometry.gh, geometry.ghpp])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_inductor_compiles_rules(rule: Rule, tasks: int) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(rule, fullgraph=True)
+    assert_close(compiled(in_conflict(tasks, 0)), rule(in_conflict(tasks, 0)))
 
 
 @pytest.mark.parametrize("rule", [geometry.gh, geometry.ghpp, geometry.ghpp_printed])

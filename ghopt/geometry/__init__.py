@@ -20,7 +20,11 @@ What every rule here promises, for any ``K >= 1``:
 * On a device no value of the Gramian decides which operations run, so nothing asks for
   one on the host, and all rules run on the ``meta`` device. One operation asks by
   itself on CUDA: :func:`torch.linalg.eigh`, in GH++ with more than two tasks. On the CPU
-  values are read: the same results to rounding, several times as fast.
+  values are read: the same results to rounding, several times as fast. Where
+  something looks on, rules go the way of a device: they have derivatives, map by
+  :func:`torch.vmap`, and compile to one graph (GH of more than eight tasks runs outside
+  of it). The derivative of GH++ of more than two tasks loses the digits in which two
+  eigenvalues of the cosines agree.
 * ``ValueError`` for a Gramian that is not square, is empty or not floating point.
 
 Equation numbers refer to Huang, Song and Zhang, "Gradient Harmonization in
@@ -45,7 +49,6 @@ from ghopt.geometry.frames import (
 from ghopt.geometry.matrices import (
     identity,
     nobody_watches,
-    reading_is_free,
     rescaled,
 )
 
@@ -353,7 +356,8 @@ def _gh_of_two(gramian: Tensor) -> Tensor:
     # clears the diagonal; the second spares 0 / 0.
     gramian = gramian.double()
     squares = gramian.diagonal().clamp(min=torch.finfo(gramian.dtype).tiny)
-    coefficients = gramian.neg().clamp_(min=0).div_(squares).fill_diagonal_(1)
+    coefficients = gramian.neg().clamp(min=0).div(squares)
+    coefficients.diagonal().fill_(1)
     return _poisoned(coefficients, gramian)
 
 
@@ -392,7 +396,7 @@ def _spread(columns: Tensor, numbers: list[int], count: int) -> Tensor:
 
 def _read(gramian: Tensor) -> host.Rows | None:
     """Read a small Gramian where that is free."""
-    if len(gramian) > _MOST_READ or not reading_is_free(gramian):
+    if len(gramian) > _MOST_READ or not nobody_watches(gramian):
         return None
     values: host.Rows = gramian.tolist()
     return values
@@ -433,7 +437,7 @@ def _ghpp(gramian: Tensor, lam: float) -> Tensor:
     if len(gramian) == 2:
         return _rotation(gramian, lam)
     resolution = resolution_of(gramian.dtype)
-    values = _read(gramian) if nobody_watches(gramian) else None
+    values = _read(gramian)
     if values:
         return frame_of_few(values, resolution)
     if _is_without_conflict(gramian):

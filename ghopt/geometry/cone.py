@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ghopt.geometry import pivoting
-from ghopt.geometry.matrices import identity, reading_is_free
+from ghopt.geometry.matrices import identity, nobody_watches
 
 _MOST_ENUMERATED = 8  # 2**8 systems of 8 x 8 take under a millisecond
 
@@ -44,13 +44,19 @@ def cone_multipliers(system: Tensor, products: Tensor, own: Tensor) -> Tensor:
         own: where the two are one and the same, bool ``[R, P]``.
     """
     ridge = RIDGE * system.diagonal()
-    if reading_is_free(system):
+    if nobody_watches(system):
         found = _by_pivoting(system, products, own, ridge)
         if found is not None:
             return found
+    few = len(system) <= _MOST_ENUMERATED
+    if torch.compiler.is_compiling() and not few:
+        # A graph of all steps would take minutes to compile.
+        eager: Callable[[Tensor, Tensor, Tensor], Tensor] = torch.compiler.disable(
+            cone_multipliers
+        )  # type: ignore[no-untyped-call]  # torch's
+        return eager(system, products, own)
     system = system + ridge.diag()
-    method = _enumerated if len(system) <= _MOST_ENUMERATED else _lawson_hanson
-    solve = method(system, own)
+    solve = (_enumerated if few else _lawson_hanson)(system, own)
     right = -products
     rows = solve(right)
     for _ in range(ROUNDS - 1):
@@ -129,7 +135,7 @@ def _enumerated(system: Tensor, own: Tensor) -> Callable[[Tensor], Tensor]:
         violation = torch.maximum(wrong, falls * turned[:, None]).amax(2)
         # The first of equals wins, so the empty set where nothing conflicts.
         best = (violation + wall).argmin(0)
-        return rows[best, places].neg_().clamp_(min=0)
+        return rows[best, places].neg().clamp(min=0)
 
     return solve
 
@@ -137,13 +143,13 @@ def _enumerated(system: Tensor, own: Tensor) -> Callable[[Tensor], Tensor]:
 def _lawson_hanson(system: Tensor, own: Tensor) -> Callable[[Tensor], Tensor]:
     """Do the same as :func:`_enumerated` by Lawson and Hanson's method, rows at once.
 
-    Each step solves for the multipliers of every row's active set. Where some are not
-    positive, the row goes toward the solution until the first reaches zero and releases
+    Each step solves for the multipliers of every row's active set. Where some are
+    negative, the row goes toward the solution until the first reaches zero and releases
     that task; elsewhere it takes the solution and adds the task that it conflicts with
     most. "Solving Least Squares Problems" (1974), chapter 23. The next call starts where
     the last one ended, so that few steps do.
     """
-    info = torch.finfo(system.dtype)
+    eps = torch.finfo(system.dtype).eps
     solver = _solver_for(system)
     rows = system.new_zeros(own.shape)
     active = torch.zeros_like(own)
@@ -153,23 +159,24 @@ def _lawson_hanson(system: Tensor, own: Tensor) -> Callable[[Tensor], Tensor]:
         nonlocal rows, active, steps
         for _ in range(steps):
             target = solver(active)(right)
-            blocked = active & (target <= 0)
-            free = ~blocked.any(1, keepdim=True)
-            reach = rows / (rows - target).clamp(min=info.tiny)
-            reach = reach.where(blocked, torch.inf)
+            good = (target >= 0) | ~active
+            free = good.all(1, keepdim=True)
+            # Where all is good any finite number above 1 will do: of infinity the
+            # derivative, multiplied by zero, would be NaN.
+            reach = rows.masked_fill(good, 2) / (rows - target).masked_fill(good, 1)
             step = reach.amin(1, keepdim=True)
             rows = target.where(free, rows + step * (target - rows))
             conflicts = (right - rows @ system).masked_fill(active | own, -torch.inf)
             conflict, task = conflicts.max(1, keepdim=True)
             # Less than this is noise, which grows with the multipliers.
-            noise = 4 * info.eps * (1 + rows.sum(1, keepdim=True))
+            noise = 4 * eps * (1 + rows.sum(1, keepdim=True))
             entered = active.scatter(
                 1, task, (conflict > noise) | active.gather(1, task)
             )
             before, active = active, entered.where(free, active & (reach > step))
             rows = rows.where(active, 0)
             # Where to ask is free: all further steps would repeat this one.
-            if reading_is_free(system) and before.equal(active):
+            if nobody_watches(system) and before.equal(active):
                 break
         steps = 4 + len(system) // 4
         return rows
@@ -179,7 +186,7 @@ def _lawson_hanson(system: Tensor, own: Tensor) -> Callable[[Tensor], Tensor]:
 
 def _solver_for(system: Tensor) -> Callable[[Tensor], Callable[[Tensor], Tensor]]:
     """Give what makes, of active sets ``[R, P]``, what solves for their multipliers."""
-    if reading_is_free(system) and not torch.linalg.cholesky_ex(system).info:
+    if nobody_watches(system) and not torch.linalg.cholesky_ex(system).info:
         return partial(pivoting.Solver, system)
 
     def make(active: Tensor) -> Callable[[Tensor], Tensor]:

@@ -16,21 +16,15 @@ _is_transformed = getattr(
 )
 
 
-def reading_is_free(tensor: Tensor) -> bool:
-    """Say whether the host may read values.
-
-    On a device that would wait for it, and a subclass of tensors may hold none.
-    """
-    return type(tensor) is Tensor and tensor.device.type == "cpu"
-
-
 def nobody_watches(tensor: Tensor) -> bool:
-    """Say whether reading is free, and the rest may be computed in floats.
+    """Say whether the host may read values and compute with floats.
 
-    A derivative, a map over Gramians or a compiled graph would miss what floats compute.
+    On a device it would wait for them, and a subclass of tensors may hold none. A
+    derivative, a map over Gramians or a compiled graph would miss what floats compute.
     """
     return (
-        reading_is_free(tensor)
+        type(tensor) is Tensor
+        and tensor.device.type == "cpu"
         and not tensor.requires_grad
         and not torch.compiler.is_compiling()
         and not _is_transformed(tensor)
@@ -38,7 +32,7 @@ def nobody_watches(tensor: Tensor) -> bool:
 
 
 def rescaled(gramian: Tensor) -> tuple[Tensor, Tensor]:
-    """Give a float64 Gramian with diagonal in [1/2, 2), and the scale of each task.
+    """Give a float64 Gramian with diagonal in [1/2, 2], and the scale of each task.
 
     The scales are powers of two, so no entry is rounded, and no product of entries
     overflows. A zero gradient becomes one orthogonal to all others, which no rule
@@ -54,14 +48,14 @@ def rescaled(gramian: Tensor) -> tuple[Tensor, Tensor]:
             halves = [2.0 ** -(math.frexp(square)[1] // 2) for square in squares]
             scale = torch.tensor(halves, dtype=torch.float64, device="cpu")
             return gramian * scale[:, None] * scale, scale
-    exponent = torch.frexp(gramian.diagonal()).exponent
-    half = torch.div(exponent, 2, rounding_mode="floor")
-    scale = torch.exp2(-half.double())
+    diagonal = gramian.detach().diagonal()
+    some = diagonal > 0
+    # Not by frexp: what Inductor makes of it on the CPU does not compile (torch 2.13).
+    scale = (diagonal.log2() * -0.5).round().exp2().where(some, 1)
     # Two factors one after the other: their product alone could overflow.
     matrix = gramian * scale[:, None] * scale
-    some = matrix.diagonal() > 0
     usable = some & some[:, None] & gramian.isfinite().all()
-    return matrix.where(usable, identity(matrix)), scale.where(some, 1)
+    return matrix.where(usable, identity(matrix)), scale
 
 
 def identity(matrix: Tensor) -> Tensor:
