@@ -159,7 +159,7 @@ def _lawson_hanson(system: Tensor, own: Tensor) -> Callable[[Tensor], Tensor]:
         nonlocal rows, active, steps
         for _ in range(steps):
             target = solver(active)(right)
-            good = (target >= 0) | ~active
+            good = target >= 0  # outside of the set it is zero
             free = good.all(1, keepdim=True)
             # Where all is good any finite number above 1 will do: of infinity the
             # derivative, multiplied by zero, would be NaN.
