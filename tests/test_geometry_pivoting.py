@@ -285,8 +285,9 @@ def test_rules_have_their_derivatives(rule: Rule, tasks: int) -> None:
 def test_a_zero_gradient_spoils_no_derivative_of_others() -> None:
     products = torch.zeros(4, 4, dtype=torch.float64)
     products[:3, :3] = in_conflict(3, 0)
-    jacobian = torch.func.jacrev(geometry.gh)(products)[:3, :3, :3]
-    assert_close(jacobian, torch.func.jacrev(geometry.gh)(products[:3, :3]))
+    expected = torch.zeros(4, 4, 4, dtype=torch.float64)
+    expected[:3, :3, :3] = torch.func.jacrev(geometry.gh)(products[:3, :3])
+    assert_close(torch.func.jacrev(geometry.gh)(products), expected)
 
 
 @every_rule
