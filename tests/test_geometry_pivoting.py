@@ -14,7 +14,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.testing import assert_close
 
 from ghopt import geometry
@@ -279,7 +280,46 @@ def test_rules_have_their_derivatives(rule: Rule, tasks: int) -> None:
     assert tasks == 1 or expected.abs().max() > 0.01
     watched = products.clone().requires_grad_()
     (found,) = torch.autograd.grad(rule(watched).sum(), watched)
-    assert_close(found, jacobian.sum(0))
+    # Each way takes of two equal entries what it needs: their sum is the derivative.
+    assert_close(found + found.mT, expected.sum(0), rtol=1e-5, atol=1e-6)
+
+
+# torch's own, of what it takes for derivatives forward.
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@every_rule
+def test_rules_have_their_derivatives_forward(rule: Rule, tasks: int) -> None:
+    products = in_conflict(tasks, 0)
+    direction = products.flip(0) + products.flip(0).mT
+
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(products, direction)  # type: ignore[no-untyped-call]  # torch's
+        _, along = forward_ad.unpack_dual(rule(dual))  # type: ignore[no-untyped-call]  # torch's
+    expected = (steepness(rule, products) * direction).sum((1, 2)) / 2
+    assert_close(along, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_projections_of_some_on_some_have_their_derivatives() -> None:
+    def weights(products: Tensor) -> Tensor:
+        return geometry.dual_cone(products, rows=[0, 3], protected=[4, 1, 2]).sum(0)
+
+    products = in_conflict(5, 0)
+    jacobian = torch.func.jacrev(weights)(products)
+    expected = steepness(weights, products)
+    assert expected.abs().max() > 0.01
+    assert_close(jacobian + jacobian.mT, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("second", [(0, 0), (1, 2), (-1, -2)])
+@pytest.mark.parametrize(
+    "rule",
+    [geometry.gh, geometry.ghpp, geometry.ghpp_balanced, geometry.ghpp_printed],
+)
+def test_no_derivative_of_two_gradients_in_line_is_nan(
+    rule: Rule, second: tuple[float, float]
+) -> None:
+    rows = torch.tensor([(1, 2), second], dtype=torch.float32, requires_grad=True)
+    (slope,) = torch.autograd.grad(rule(rows @ rows.mT).sum(), rows)
+    assert slope.tolist() == [[0, 0], [0, 0]]
 
 
 def test_a_zero_gradient_spoils_no_derivative_of_others() -> None:
@@ -310,6 +350,17 @@ def test_rules_compile_to_the_same_graphs_for_all_values(
         for seed in range(1, 4):
             products = in_conflict(tasks, seed)
             assert_close(compiled(products), rule(products))
+
+
+@pytest.mark.slow
+def test_gh_of_many_tasks_is_exported() -> None:
+    class Weights(nn.Module):
+        def forward(self, products: Tensor) -> Tensor:
+            return geometry.gh(products)
+
+    exported = torch.export.export(Weights(), (in_conflict(9, 0),), strict=False)
+    products = in_conflict(9, 1)
+    assert_close(exported.module()(products), geometry.gh(products))
 
 
 @pytest.mark.slow

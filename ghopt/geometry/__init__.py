@@ -20,11 +20,12 @@ What every rule here promises, for any ``K >= 1``:
 * On a device no value of the Gramian decides which operations run, so nothing asks for
   one on the host, and all rules run on the ``meta`` device. One operation asks by
   itself on CUDA: :func:`torch.linalg.eigh`, in GH++ with more than two tasks. On the CPU
-  values are read: the same results to rounding, several times as fast. Where
-  something looks on, rules go the way of a device: they have derivatives, map by
-  :func:`torch.vmap`, and compile to one graph (GH of more than eight tasks runs outside
-  of it). The derivative of GH++ of more than two tasks loses the digits in which two
-  eigenvalues of the cosines agree.
+  values are read: the same results to rounding, several times as fast. A Gramian
+  that requires grad, transforms of ``torch.func`` and :func:`torch.compile` are given tensor
+  operations instead. So rules have derivatives and can be mapped; they compile to one graph,
+  but for GH with more than eight protected tasks, which breaks it. The derivative of GH++
+  with more than two tasks loses the digits in which two eigenvalues of the cosines agree,
+  and is NaN where they are equal.
 * ``ValueError`` for a Gramian that is not square, is empty or not floating point.
 
 Equation numbers refer to Huang, Song and Zhang, "Gradient Harmonization in
@@ -352,11 +353,11 @@ def _gh_of_two(gramian: Tensor) -> Tensor:
     if values:
         found = host.gh_of_few(values)
         return torch.tensor(found, dtype=torch.float64, device=gramian.device)
-    # The first clamp is the indicator of eq. 5 and, since the diagonal is never negative,
-    # clears the diagonal; the second spares 0 / 0.
+    # relu is the indicator of eq. 5 and, since the diagonal is never negative, clears the
+    # diagonal; its derivative at zero is zero. The clamp spares 0 / 0.
     gramian = gramian.double()
     squares = gramian.diagonal().clamp(min=torch.finfo(gramian.dtype).tiny)
-    coefficients = gramian.neg().clamp(min=0).div(squares)
+    coefficients = gramian.neg().relu().div(squares)
     coefficients.diagonal().fill_(1)
     return _poisoned(coefficients, gramian)
 

@@ -44,12 +44,12 @@ def cone_multipliers(system: Tensor, products: Tensor, own: Tensor) -> Tensor:
         own: where the two are one and the same, bool ``[R, P]``.
     """
     ridge = RIDGE * system.diagonal()
-    if nobody_watches(system):
+    if _may_read(system):
         found = _by_pivoting(system, products, own, ridge)
         if found is not None:
             return found
     few = len(system) <= _MOST_ENUMERATED
-    if torch.compiler.is_compiling() and not few:
+    if torch.compiler.is_dynamo_compiling() and not few:
         # A graph of all steps would take minutes to compile.
         eager: Callable[[Tensor, Tensor, Tensor], Tensor] = torch.compiler.disable(
             cone_multipliers
@@ -62,6 +62,11 @@ def cone_multipliers(system: Tensor, products: Tensor, own: Tensor) -> Tensor:
     for _ in range(ROUNDS - 1):
         rows = solve(torch.addcmul(right, rows, ridge))
     return rows
+
+
+def _may_read(system: Tensor) -> bool:
+    """Say whether values may decide what runs; a gradient follows the tensors that do."""
+    return nobody_watches(system.detach())
 
 
 def _by_pivoting(
@@ -176,7 +181,7 @@ def _lawson_hanson(system: Tensor, own: Tensor) -> Callable[[Tensor], Tensor]:
             before, active = active, entered.where(free, active & (reach > step))
             rows = rows.where(active, 0)
             # Where to ask is free: all further steps would repeat this one.
-            if nobody_watches(system) and before.equal(active):
+            if _may_read(system) and before.equal(active):
                 break
         steps = 4 + len(system) // 4
         return rows
@@ -186,7 +191,7 @@ def _lawson_hanson(system: Tensor, own: Tensor) -> Callable[[Tensor], Tensor]:
 
 def _solver_for(system: Tensor) -> Callable[[Tensor], Callable[[Tensor], Tensor]]:
     """Give what makes, of active sets ``[R, P]``, what solves for their multipliers."""
-    if nobody_watches(system) and not torch.linalg.cholesky_ex(system).info:
+    if _may_read(system) and not torch.linalg.cholesky_ex(system).info:
         return partial(pivoting.Solver, system)
 
     def make(active: Tensor) -> Callable[[Tensor], Tensor]:

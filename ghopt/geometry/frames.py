@@ -39,7 +39,9 @@ def balanced(norms: Tensor) -> Tensor:
 def across_of(matrix: Tensor) -> Tensor:
     """Area that two gradients span, ``n0 n1 sin(theta)``."""
     ((square, product), (_, other)) = matrix
-    area: Tensor = determinant(square, product, other).clamp(min=0).sqrt()
+    # Not zero: there the root has no derivative.
+    least = torch.finfo(matrix.dtype).tiny
+    area: Tensor = determinant(square, product, other).clamp(min=least).sqrt()
     return area
 
 

@@ -5,6 +5,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 _Number = TypeVar("_Number", float, Tensor)
 
@@ -28,11 +29,12 @@ def nobody_watches(tensor: Tensor) -> bool:
         and not tensor.requires_grad
         and not torch.compiler.is_compiling()
         and not _is_transformed(tensor)
+        and unpack_dual(tensor).tangent is None  # type: ignore[no-untyped-call]  # torch's
     )
 
 
 def rescaled(gramian: Tensor) -> tuple[Tensor, Tensor]:
-    """Give a float64 Gramian with diagonal in [1/2, 2], and the scale of each task.
+    """Give a float64 Gramian with diagonal in [1/2, 2), and the scale of each task.
 
     The scales are powers of two, so no entry is rounded, and no product of entries
     overflows. A zero gradient becomes one orthogonal to all others, which no rule
@@ -51,7 +53,7 @@ def rescaled(gramian: Tensor) -> tuple[Tensor, Tensor]:
     diagonal = gramian.detach().diagonal()
     some = diagonal > 0
     # Not by frexp: what Inductor makes of it on the CPU does not compile (torch 2.13).
-    scale = (diagonal.log2() * -0.5).round().exp2().where(some, 1)
+    scale = (diagonal.log2() * -0.5 - 0.5).ceil().exp2().where(some, 1)
     # Two factors one after the other: their product alone could overflow.
     matrix = gramian * scale[:, None] * scale
     usable = some & some[:, None] & gramian.isfinite().all()
