@@ -155,7 +155,8 @@ def _lawson_hanson(system: Tensor, own: Tensor) -> Callable[[Tensor], Tensor]:
     the last one ended, so that few steps do.
     """
     eps = torch.finfo(system.dtype).eps
-    solver = _solver_for(system)
+    may_read = _may_read(system)
+    solver = _solver_for(system, may_read)
     rows = system.new_zeros(own.shape)
     active = torch.zeros_like(own)
     steps = 3 * len(system)  # as many as SciPy's NNLS takes
@@ -181,7 +182,7 @@ def _lawson_hanson(system: Tensor, own: Tensor) -> Callable[[Tensor], Tensor]:
             before, active = active, entered.where(free, active & (reach > step))
             rows = rows.where(active, 0)
             # Where to ask is free: all further steps would repeat this one.
-            if _may_read(system) and before.equal(active):
+            if may_read and before.equal(active):
                 break
         steps = 4 + len(system) // 4
         return rows
@@ -189,9 +190,11 @@ def _lawson_hanson(system: Tensor, own: Tensor) -> Callable[[Tensor], Tensor]:
     return solve
 
 
-def _solver_for(system: Tensor) -> Callable[[Tensor], Callable[[Tensor], Tensor]]:
+def _solver_for(
+    system: Tensor, may_read: bool
+) -> Callable[[Tensor], Callable[[Tensor], Tensor]]:
     """Give what makes, of active sets ``[R, P]``, what solves for their multipliers."""
-    if _may_read(system) and not torch.linalg.cholesky_ex(system).info:
+    if may_read and not torch.linalg.cholesky_ex(system).info:
         return partial(pivoting.Solver, system)
 
     def make(active: Tensor) -> Callable[[Tensor], Tensor]:
