@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.testing import assert_close
 
-from ghopt import geometry
+from ghopt import Weighting, geometry
 from ghopt.geometry import cone, host, pivoting
 from ghopt.geometry.cone import RESOLVED, _bound_of_lowest
 from ghopt.geometry.matrices import rescaled
@@ -233,8 +233,7 @@ def test_what_rounding_to_sixteen_bits_leaves_of_dependence_is_dropped() -> None
     assert_close(rounded.double(), exact, rtol=0, atol=0.05)
 
 
-Rule = Callable[[Tensor], Tensor]
-RULES: dict[Rule, tuple[int, ...]] = {
+RULES: dict[Weighting, tuple[int, ...]] = {
     geometry.gh: (1, 2, 3, 8, 9, 12),
     geometry.ghpp: (1, 2, 3, 8, 9, 12),
     geometry.ghpp_balanced: (1, 2),
@@ -251,7 +250,7 @@ def in_conflict(tasks: int, seed: int) -> Tensor:
     return gramian(rows)
 
 
-def steepness(rule: Rule, products: Tensor) -> Tensor:
+def steepness(rule: Weighting, products: Tensor) -> Tensor:
     """Give the derivatives of all weights, ``[K, K, K]``, along symmetric changes."""
     tasks = len(products)
     found = products.new_zeros(tasks, tasks, tasks)
@@ -265,14 +264,14 @@ def steepness(rule: Rule, products: Tensor) -> Tensor:
 
 
 @every_rule
-def test_rules_map_over_gramians(rule: Rule, tasks: int) -> None:
+def test_rules_map_over_gramians(rule: Weighting, tasks: int) -> None:
     several = torch.stack([in_conflict(tasks, seed) for seed in range(4)])
     expected = torch.stack([rule(one) for one in several])
     assert_close(torch.vmap(rule)(several), expected)
 
 
 @every_rule
-def test_rules_have_their_derivatives(rule: Rule, tasks: int) -> None:
+def test_rules_have_their_derivatives(rule: Weighting, tasks: int) -> None:
     products = in_conflict(tasks, 0)
     expected = steepness(rule, products)
     jacobian = torch.func.jacrev(rule)(products)
@@ -287,10 +286,9 @@ def test_rules_have_their_derivatives(rule: Rule, tasks: int) -> None:
 # torch's own, of what it takes for derivatives forward.
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @every_rule
-def test_rules_have_their_derivatives_forward(rule: Rule, tasks: int) -> None:
+def test_rules_have_their_derivatives_forward(rule: Weighting, tasks: int) -> None:
     products = in_conflict(tasks, 0)
     direction = products.flip(0) + products.flip(0).mT
-
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(products, direction)  # type: ignore[no-untyped-call]  # torch's
         _, along = forward_ad.unpack_dual(rule(dual))  # type: ignore[no-untyped-call]  # torch's
@@ -310,12 +308,9 @@ def test_projections_of_some_on_some_have_their_derivatives() -> None:
 
 
 @pytest.mark.parametrize("second", [(0, 0), (1, 2), (-1, -2)])
-@pytest.mark.parametrize(
-    "rule",
-    [geometry.gh, geometry.ghpp, geometry.ghpp_balanced, geometry.ghpp_printed],
-)
+@pytest.mark.parametrize("rule", [*RULES])
 def test_no_derivative_of_two_gradients_in_line_is_nan(
-    rule: Rule, second: tuple[float, float]
+    rule: Weighting, second: tuple[float, float]
 ) -> None:
     rows = torch.tensor([(1, 2), second], dtype=torch.float32, requires_grad=True)
     (slope,) = torch.autograd.grad(rule(rows @ rows.mT).sum(), rows)
@@ -332,13 +327,13 @@ def test_a_zero_gradient_spoils_no_derivative_of_others() -> None:
 
 @every_rule
 def test_rules_compile_to_the_same_graphs_for_all_values(
-    rule: Rule, tasks: int
+    rule: Weighting, tasks: int
 ) -> None:
     """As one graph, but for GH of more than eight tasks: its steps run as they are."""
     torch._dynamo.reset()
     sizes = []
 
-    def run_as_it_is(module: torch.fx.GraphModule, _: list[Tensor]) -> Rule:
+    def run_as_it_is(module: torch.fx.GraphModule, _: list[Tensor]) -> Weighting:
         sizes.append(len(module.graph.nodes))
         return module.forward
 
@@ -368,7 +363,7 @@ def test_gh_of_many_tasks_is_exported() -> None:
 @pytest.mark.parametrize("tasks", [2, 3])
 @pytest.mark.parametrize("rule", [geometry.gh, geometry.ghpp])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_inductor_compiles_rules(rule: Rule, tasks: int) -> None:
+def test_inductor_compiles_rules(rule: Weighting, tasks: int) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(rule, fullgraph=True)
     assert_close(compiled(in_conflict(tasks, 0)), rule(in_conflict(tasks, 0)))
@@ -376,7 +371,7 @@ def test_inductor_compiles_rules(rule: Rule, tasks: int) -> None:
 
 @pytest.mark.parametrize("rule", [geometry.gh, geometry.ghpp, geometry.ghpp_printed])
 def test_a_gramian_that_requires_grad_is_taken_without_a_warning(
-    rule: Callable[[Tensor], Tensor],
+    rule: Weighting,
 ) -> None:
     tasks = 2 if rule is geometry.ghpp_printed else 12
     products = torch.eye(tasks, dtype=torch.float64)
