@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch._functorch.config
 import torch._inductor.config
+import torch._inductor.cpu_vec_isa
 from torch import Tensor, nn
 from torch._dynamo import compiled_autograd
 from torch._dynamo.utils import counters
@@ -244,13 +245,16 @@ def test_another_error_of_a_pass_is_left_alone() -> None:
 
 
 @pytest.fixture
-def _fast_inductor() -> Iterator[None]:
+def _fast_inductor(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    # To look for vector instructions and compile headers takes half a minute. The
+    # option `cpp.vec_isa_ok = False` would be remembered for the rest of the process,
+    # where code that another process has stored for vectors then doesn't compile.
+    monkeypatch.setattr(torch._inductor.cpu_vec_isa, "valid_vec_isa_list", list)
     with torch._inductor.config.patch(
         {
-            # To look for vector instructions and compile headers takes half a minute.
-            "cpp.vec_isa_ok": False,
             "cpp_cache_precompile_headers": False,
             "compile_threads": 1,
+            "fx_graph_cache": False,
         }
     ):
         yield
