@@ -720,14 +720,16 @@ def test_a_hook_on_a_leaf_counts_also_after_a_step_without_it() -> None:
 
 
 def test_leaves_without_hooks_are_remembered_up_to_a_number() -> None:
-    # Inputs that require grad are new leaves at each step.
+    # Inputs that require grad are new leaves at each step; one that died would make room
+    # for the next at the same address.
     HOOKS.note()
     model = network()
     optimizer = HarmonizedOptimizer(SGD(model.parameters()))
+    leaves = [inputs().requires_grad_() for _ in range(16)]
     with patch.object(graph, "_MOST_LEAVES", 15), counted() as count:
-        for _ in range(8):
-            optimizer.backward(losses(model(inputs().requires_grad_())))
-    assert count == [8]
+        for leaf in leaves:
+            optimizer.backward(losses(model(leaf)))
+    assert count == [16]
     assert 0 < len(HOOKS._clean) <= 15
 
 

@@ -49,7 +49,8 @@ def cone_multipliers(system: Tensor, products: Tensor, own: Tensor) -> Tensor:
         if found is not None:
             return found
     few = len(system) <= _MOST_ENUMERATED
-    if torch.compiler.is_dynamo_compiling() and not few:
+    # No tracer of branches sees what dynamo follows by itself.
+    if torch.compiler.is_dynamo_compiling() and not few:  # pragma: no branch
         # A graph of all steps would take minutes to compile.
         eager: Callable[[Tensor, Tensor, Tensor], Tensor] = torch.compiler.disable(
             cone_multipliers

@@ -789,7 +789,6 @@ def train_pinn(
     ("start", "steps", "seeds"),
     [
         (pinn.start_poisson, 10, 3),
-        pytest.param(pinn.start_poisson, 10, 5, marks=pytest.mark.slow),
         pytest.param(pinn.start_heat, 20, 5, marks=pytest.mark.slow),
     ],
 )
