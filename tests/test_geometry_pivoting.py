@@ -16,6 +16,7 @@ import torch._inductor.config
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.testing import assert_close
 
@@ -295,6 +296,23 @@ def test_rules_have_their_derivatives_forward(rule: Weighting, tasks: int) -> No
         _, along = forward_ad.unpack_dual(rule(dual))  # type: ignore[no-untyped-call]  # torch's
     expected = (steepness(rule, products) * direction).sum((1, 2)) / 2
     assert_close(along, expected, rtol=1e-5, atol=1e-6)
+
+
+@every_rule
+def test_a_gramian_without_values_has_weights_without_values(
+    rule: Weighting, tasks: int
+) -> None:
+    with FakeTensorMode():
+        weights = rule(torch.eye(tasks, dtype=torch.float64))
+    assert weights.shape == (tasks,)
+
+
+def test_what_a_gradient_follows_is_pivoting_too() -> None:
+    """The method of a device takes many steps, and autograd would keep them all."""
+    watched = in_conflict(12, 0).requires_grad_()
+    with patch.object(pivoting, "pivoted", wraps=pivoting.pivoted) as spy:
+        geometry.gh(watched)
+    assert spy.called
 
 
 def test_projections_of_some_on_some_have_their_derivatives() -> None:
