@@ -511,6 +511,10 @@ def large(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Task:
     return task._replace(source=noise, target=noise, test=noise)
 
 
+# torch warns of two workers on a machine of one core.
+on_one_core = pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker")
+
+
 def same(one: Batch, two: Batch) -> bool:
     return all(a.equal(b) for a, b in zip(one, two, strict=True))
 
@@ -519,6 +523,7 @@ def classes(images: Tensor) -> list[int]:
     return (255 - images[:, 0, 0, 0].int()).tolist()
 
 
+@on_one_core
 def test_batches_depend_on_the_seed_and_not_on_workers_or_the_global_state(
     large: Task,
 ) -> None:
@@ -566,6 +571,7 @@ def test_a_batch_that_a_domain_cannot_fill_is_refused(task: Task) -> None:
         next(batches(task, 13, 1, seed=0))
 
 
+@on_one_core
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_evaluation_sees_all_images_in_order(task: Task, workers: int) -> None:
     stream = list(ordered_batches(task.test, 10, workers))
