@@ -27,6 +27,7 @@ assert weight.eq(-0.5).all()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("owner", "name"),
     [("torch._C", "_functions"), ("torch._C._autograd", "_get_sequence_nr")],

@@ -398,6 +398,7 @@ def test_the_command_names_what_is_wrong(
     assert "seed 0" not in said
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_shapes")
 def test_the_command_prints_every_table_and_writes_every_figure(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

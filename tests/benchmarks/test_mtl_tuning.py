@@ -154,6 +154,7 @@ def test_keys_tell_runs_apart_and_whole_numbers_are_as_good_as_others() -> None:
     assert order._replace(cell=Cell(1, 4)).key == order.key
 
 
+@pytest.mark.slow
 def test_a_run_that_is_there_is_not_trained_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -121,6 +121,7 @@ def test_the_update_and_the_gramian_are_as_exact_as_promised() -> None:
 # The problems and the methods.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_in_every_network_all_tasks_reach_all_parameters_and_pairs_are_in_conflict(
     name: str,

@@ -376,6 +376,7 @@ def test_dwl_balances_as_many_classes_as_the_data_set_has(
     assert told == [12]
 
 
+@pytest.mark.slow
 def test_training_is_the_same_again_and_with_workers(resnet: str, task: Task) -> None:
     trained = []
     for workers in (0, 0, 1):

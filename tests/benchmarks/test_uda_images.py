@@ -523,6 +523,7 @@ def classes(images: Tensor) -> list[int]:
     return (255 - images[:, 0, 0, 0].int()).tolist()
 
 
+@pytest.mark.slow
 @on_one_core
 def test_batches_depend_on_the_seed_and_not_on_workers_or_the_global_state(
     large: Task,

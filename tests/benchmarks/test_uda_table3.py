@@ -184,6 +184,7 @@ def test_the_selected_accuracy_is_that_of_the_least_source_error_the_last_such()
 # The store.
 
 
+@pytest.mark.slow
 def test_runs_are_trained_and_appended(task: Task, tmp_path: Path) -> None:
     store = tmp_path / "runs.jsonl"
     configs = [CONFIG, replace(CONFIG, rule="minus_alignment")]

@@ -293,6 +293,7 @@ def test_runs_of_another_length_or_device_are_not_counted() -> None:
         tasks_of(runs, 28)
 
 
+@pytest.mark.slow
 def test_the_page_has_the_counts_and_pictures_that_the_command_makes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
